@@ -1,0 +1,61 @@
+"""poodle_lightning: learn image encoders from raw video.
+
+Names are imported when they are first used, so that ``import poodle_lightning`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from poodle_lightning.data.video import VideoDataModule
+    from poodle_lightning.hub import export_torchvision, from_pretrained, load_encoder, save_pretrained
+    from poodle_lightning.methods.base import Method
+    from poodle_lightning.methods.byol import BYOL
+    from poodle_lightning.methods.flowe import FlowE
+    from poodle_lightning.methods.poodle import PooDLe
+    from poodle_lightning.types import Clip, Features, View
+
+_WHERE = {
+    "BYOL": "methods.byol",
+    "Clip": "types",
+    "Features": "types",
+    "FlowE": "methods.flowe",
+    "Method": "methods.base",
+    "PooDLe": "methods.poodle",
+    "VideoDataModule": "data.video",
+    "View": "types",
+    "export_torchvision": "hub",
+    "from_pretrained": "hub",
+    "load_encoder": "hub",
+    "save_pretrained": "hub",
+}
+
+__all__ = [
+    "BYOL",
+    "Clip",
+    "Features",
+    "FlowE",
+    "Method",
+    "PooDLe",
+    "VideoDataModule",
+    "View",
+    "__version__",
+    "export_torchvision",
+    "from_pretrained",
+    "load_encoder",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Pure functions: geometry, occlusion, subcrops, schedules, randomness."""

@@ -1,0 +1,46 @@
+"""Values that follow training: pure functions of the step, so that a restart cannot shift them."""
+
+from __future__ import annotations
+
+import math
+
+
+def _half_cosine(progress: float) -> float:
+    """From 1 at 0 to 0 at 1 along half a period."""
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def warmup_cosine(step: float, base: float, end: float, warmup: float, horizon: float) -> float:
+    """Linear from 0 to ``base`` during the warm-up, half a cosine to ``end`` at the horizon, then ``end``.
+
+    Args:
+        step: optimiser steps done so far; 0 at the first.
+        base: value at the end of the warm-up.
+        end: value at the horizon and after it.
+        warmup: steps of the warm-up; 0 for none.
+        horizon: steps at which ``end`` is reached, the warm-up included.
+
+    Source: PooDLe's recipe (warm-up 2 epochs, half cosine over 300); Loshchilov & Hutter, ICLR 2017.
+    """
+    if step < warmup:
+        return base * max(step, 0.0) / warmup
+    if step >= horizon:
+        return end
+    return end + (base - end) * _half_cosine((step - warmup) / (horizon - warmup))
+
+
+def cosine_momentum(step: float, start: float, end: float, horizon: float) -> float:
+    """Momentum of a moving average: ``end - (end - start) (cos(pi step / horizon) + 1) / 2``, then ``end``.
+
+    With ``end`` = 1 it is BYOL's ``1 - (1 - start) (cos(pi step / horizon) + 1) / 2`` (Grill et al., 2020,
+    section 3.2), which PooDLe takes over with ``start`` = 0.996 and a horizon of 300 epochs.
+
+    Args:
+        step: optimiser steps done so far; 0 at the first.
+        start: value at step 0.
+        end: value at the horizon and after it.
+        horizon: steps at which ``end`` is reached.
+    """
+    if step >= horizon:
+        return end
+    return end - (end - start) * _half_cosine(step / horizon)

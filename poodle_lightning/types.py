@@ -1,0 +1,211 @@
+"""The types that flow through the package: clips in, views in between, features out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from poodle_lightning.ops.geometry import Affine, Flow, Size, extent_to_pixels, pixel_grid, pull
+
+Losses = dict[str, Tensor]
+
+# What the host needs to decide or to log stays on the host: moving it would only force reads back.
+_HOST_FIELDS = ("times", "index", "key")
+
+
+class UserError(Exception):
+    """Something the user can mend, said in one line: what happened, which file or key, what to do.
+
+    The command line prints it without a traceback and exits with 2.
+    """
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A video that could not be used, and why.
+
+    Args:
+        path: the file.
+        reason: a short stable word, e.g. ``"corrupt"``, ``"too_short"``, ``"not_a_video"``.
+        detail: one line for a person.
+        time: seconds into the video at which it failed, if known.
+    """
+
+    path: str
+    reason: str
+    detail: str
+    time: float | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of one moment of a video, for a batch. T = 2 is a pair.
+
+    Args:
+        frames: ``(B, T, 3, H, W)`` uint8 RGB, raw crops with a 1 px margin, padded at the right and bottom
+            to the batch's largest.
+        window: batch B; from a point of the training crop to the point of ``frames``. Resize and crop are
+            this one map, sampled once on the device.
+        size: height and width of the training crop in pixels.
+        times: ``(B, T)`` float64, seconds from the start of the video; stays on the host.
+        index: ``(B,)`` int64, which item of the data set; stays on the host.
+        key: ``(B,)`` int64, the item's random key = f(seed, epoch, index); stays on the host.
+        flow: optional ``(B, 2, 2, H, W)`` float32: ``[:, 0]`` first frame → second, ``[:, 1]`` back, in
+            pixels of ``frames``. A row of NaN is missing and is filled by the estimator.
+        points: optional ``(B, P, T, 2)`` tracked points in extent coordinates of the crop; NaN = lost.
+        labels: optional ``(B, T, H, W)`` uint8 in pixels of ``frames``; 255 = ignore.
+        skipped: videos that were tried for this batch and replaced; stays on the host.
+
+    Raises:
+        ValueError: shapes do not agree.
+        TypeError: frames are not uint8.
+    """
+
+    frames: Tensor
+    window: Affine
+    size: Size
+    times: Tensor
+    index: Tensor
+    key: Tensor
+    flow: Tensor | None = None
+    points: Tensor | None = None
+    labels: Tensor | None = None
+    skipped: tuple[Skip, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.frames.ndim != 5 or self.frames.shape[2] != 3:
+            raise ValueError(f"Clip.frames must be (B, T, 3, H, W), not {tuple(self.frames.shape)}")
+        if self.frames.dtype != torch.uint8:
+            raise TypeError(f"Clip.frames must be uint8, not {self.frames.dtype}")
+        batch, count = self.frames.shape[:2]
+        if self.times.shape != (batch, count):
+            raise ValueError(f"Clip.times must be ({batch}, {count}), not {tuple(self.times.shape)}")
+        for name, length in (
+            ("window", len(self.window)),
+            ("index", len(self.index)),
+            ("key", len(self.key)),
+        ):
+            if length != batch:
+                raise ValueError(f"Clip.{name} has {length} rows for {batch} clips")
+        pixels = tuple(self.frames.shape[-2:])
+        for name, given, shape in (
+            ("flow", self.flow, (batch, 2, 2, *pixels)),
+            ("labels", self.labels, (batch, count, *pixels)),
+        ):
+            if given is not None and given.shape != shape:
+                raise ValueError(f"Clip.{name} must be {shape}, not {tuple(given.shape)}")
+
+    def __len__(self) -> int:
+        return self.frames.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the frames are."""
+        return self.frames.device
+
+    def unit(self) -> Tensor:
+        """The training crops in [0, 1], ``(B, T, 3, *size)`` float32: one sampling of the raw pixels."""
+        batch, count = self.frames.shape[:2]
+        window = Affine(self.window.matrix.repeat_interleave(count, dim=0))
+        crops, _ = pull(self.frames.flatten(0, 1), window, self.size)
+        return (crops / 255.0).unflatten(0, (batch, count))
+
+    def unit_labels(self) -> Tensor | None:
+        """The labels of the training crops by nearest neighbour, ``(B, T, *size)`` uint8, or None."""
+        if self.labels is None:
+            return None
+        batch, count, height, width = self.labels.shape
+        grid = self.window(pixel_grid(self.size, self.device).expand(batch, *self.size, 2))
+        x, y = extent_to_pixels(grid, (height, width)).round().long().unbind(-1)
+        x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+        rows = torch.arange(batch, device=self.device).reshape(-1, 1, 1, 1)
+        times = torch.arange(count, device=self.device).reshape(1, -1, 1, 1)
+        return self.labels[rows, times, y[:, None], x[:, None]]
+
+    def given_flow(self) -> tuple[Flow, Tensor] | None:
+        """The clip's own flow inside the training crop, both ways (2B), and which rows it has (2B) bool."""
+        if self.flow is None:
+            return None
+        both = torch.cat([self.flow[:, 0], self.flow[:, 1]])
+        present = both.isfinite().flatten(1).all(dim=1)
+        window = Affine(self.window.matrix.repeat(2, 1, 1))
+        return Flow.from_pixels(both.nan_to_num(0.0)).through(window, self.size), present
+
+    def __getitem__(self, rows: slice) -> Clip:
+        """Some of the clips; what was skipped stays with the whole."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        kept: dict[str, Any] = {
+            name: value[rows] for name, value in parts.items() if isinstance(value, Tensor | Affine)
+        }
+        return replace(self, **kept, skipped=())
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Clip:
+        """Moved to a device; times, index and keys stay on the host."""
+        return self._each(lambda x: x.to(device=device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Clip:
+        """With its tensors in page-locked memory, so that the copy to the device does not block."""
+        return self._each(lambda x: x.pin_memory())
+
+    def _each(self, act: Any) -> Clip:
+        changed: dict[str, Any] = {"window": Affine(act(self.window.matrix))}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and field.name not in _HOST_FIELDS:
+                changed[field.name] = act(value)
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class View:
+    """An augmented image that carries its own geometry.
+
+    Args:
+        image: ``(B, 3, h, w)`` in [0, 1].
+        to_clean: from a point of the view to the point of the clean crop shown there.
+    """
+
+    image: Tensor
+    to_clean: Affine
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder or a decoder returns.
+
+    Args:
+        maps: ``{layer: (B, C, h, w)}`` from shallow to deep.
+        strides: ``{layer: int}``, input pixels per cell.
+        vector: ``(B, D)`` pooled, or None.
+        attention: optional ``(B, heads, N, N)``.
+        queries: optional ``(B, heads, N, d)``.
+        keys: optional ``(B, heads, N, d)``.
+    """
+
+    maps: dict[str, Tensor]
+    strides: dict[str, int]
+    vector: Tensor | None = None
+    attention: Tensor | None = None
+    queries: Tensor | None = None
+    keys: Tensor | None = None
+
+    @property
+    def last(self) -> Tensor:
+        """The deepest map."""
+        return self.maps[next(reversed(self.maps))]
+
+
+@runtime_checkable
+class FlowEstimator(Protocol):
+    """Estimates the motion between the two frames of each pair, both ways."""
+
+    def __call__(self, clip: Clip, clean: Tensor) -> Flow:
+        """Flow of ``clean (N, 2, 3, H, W)`` in [0, 1].
+
+        Returns:
+            2N rows: first → second frame of every pair, then second → first; on the grid of ``clean``.
+        """
+        ...

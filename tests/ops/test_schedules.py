@@ -1,0 +1,53 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from poodle_lightning.ops.schedules import cosine_momentum, warmup_cosine
+
+EPOCHS, STEPS = 300, 7
+
+
+def test_momentum_equals_the_papers_formula_at_every_step():
+    steps = np.arange(EPOCHS * STEPS + 1)
+    expected = 1 - (1 - 0.996) * (np.cos(np.pi * (steps / STEPS) / 300) + 1) / 2
+    found = [cosine_momentum(int(s), 0.996, 1.0, EPOCHS * STEPS) for s in steps]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
+    assert found[0] == pytest.approx(0.996, abs=1e-15)
+    assert found[-1] == 1.0
+    assert all(np.diff(found) >= 0)
+
+
+def test_learning_rate_equals_the_closed_form_at_every_step():
+    warmup, horizon, base, end = 2 * STEPS, EPOCHS * STEPS, 5e-4, 1e-5
+    steps = np.arange(horizon + 1)
+    ramp = base * steps / warmup
+    fall = end + (base - end) * 0.5 * (1 + np.cos(np.pi * (steps - warmup) / (horizon - warmup)))
+    expected = np.where(steps < warmup, ramp, fall)
+    found = [warmup_cosine(int(s), base, end, warmup, horizon) for s in steps]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-18)
+    assert found[0] == 0.0
+    assert found[warmup] == base
+    assert found[-1] == end
+
+
+def test_cosine_part_equals_torchs_scheduler():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=50, eta_min=0.01)
+    for step in range(51):
+        assert warmup_cosine(step, 0.3, 0.01, 0, 50) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("after", [0, 1, 10**6])
+def test_constant_after_the_horizon(after):
+    assert warmup_cosine(100 + after, 1.0, 0.25, 10, 100) == 0.25
+    assert cosine_momentum(100 + after, 0.9, 0.99, 100) == 0.99
+
+
+def test_momentum_with_another_end():
+    assert cosine_momentum(50, 0.9, 0.98, 100) == pytest.approx(0.94)
+    assert cosine_momentum(25, 0.9, 0.98, 100) == pytest.approx(0.98 - 0.08 * (math.sqrt(0.5) + 1) / 2)

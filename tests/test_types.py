@@ -1,0 +1,92 @@
+import pickle
+
+import pytest
+import torch
+from tiny_models import make_clip
+
+from poodle_lightning.ops.geometry import Affine, Flow
+from poodle_lightning.types import Clip, Features
+
+
+def plain(**changes):
+    fields = {
+        "frames": torch.zeros(2, 2, 3, 6, 8, dtype=torch.uint8),
+        "window": Affine.identity(2),
+        "size": (6, 8),
+        "times": torch.zeros(2, 2, dtype=torch.float64),
+        "index": torch.arange(2),
+        "key": torch.arange(2),
+    }
+    return Clip(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": torch.zeros(2, 3, 6, 8, dtype=torch.uint8)}, "frames"),
+        ({"times": torch.zeros(2, 3)}, "times"),
+        ({"window": Affine.identity(3)}, "window"),
+        ({"index": torch.arange(1)}, "index"),
+        ({"flow": torch.zeros(2, 2, 2, 5, 8)}, "flow"),
+        ({"labels": torch.zeros(2, 2, 5, 8, dtype=torch.uint8)}, "labels"),
+    ],
+)
+def test_shapes_are_checked_by_name(changes, message):
+    with pytest.raises(ValueError, match=f"Clip.{message}"):
+        plain(**changes)
+
+
+def test_frames_must_be_bytes():
+    with pytest.raises(TypeError, match="uint8"):
+        plain(frames=torch.zeros(2, 2, 3, 6, 8))
+
+
+def test_unit_is_the_window_of_the_stored_pixels():
+    """A window on whole pixels reads them exactly; 1 px margin on each side."""
+    clip = make_clip()
+    inner = clip.frames[:, :, :, 1:-1, 1:-1].float() / 255
+    assert (clip.unit() - inner).abs().max() < 1e-4
+
+
+def test_labels_are_taken_by_nearest_neighbour():
+    labels = torch.randint(0, 19, (2, 2, 6, 8), dtype=torch.uint8)
+    assert torch.equal(plain(labels=labels).unit_labels(), labels)
+    half = plain(labels=labels, size=(3, 4), window=Affine.box(torch.tensor([[-1.0, -1, 0, 0]] * 2)))
+    assert torch.equal(half.unit_labels()[:, :, :, :], labels[:, :, :3, :4])
+    assert plain().unit_labels() is None
+
+
+def test_given_flow_is_in_the_crops_units_and_marks_what_is_missing():
+    clip = make_clip(shift=(3.0, 1.0))
+    clip.flow[1, 0] = float("nan")
+    flow, present = clip.given_flow()
+    assert present.tolist() == [True, False, True, True]
+    assert (flow.to_pixels()[0, 0] - 3.0).abs().max() < 1e-4
+    assert (flow.to_pixels()[2, 1] + 1.0).abs().max() < 1e-4
+    assert plain().given_flow() is None
+
+
+def test_host_fields_stay_on_the_host():
+    moved = make_clip().to("meta")
+    assert moved.frames.device.type == "meta"
+    assert moved.window.matrix.device.type == "meta"
+    assert moved.flow.device.type == "meta"
+    assert moved.key.device.type == moved.index.device.type == moved.times.device.type == "cpu"
+
+
+def test_rows_and_pickle():
+    clip = make_clip(batch=3)
+    part = clip[1:]
+    assert len(part) == 2
+    assert torch.equal(part.key, clip.key[1:])
+    again = pickle.loads(pickle.dumps(clip))
+    assert torch.equal(again.frames, clip.frames)
+
+
+def test_last_map_is_the_deepest():
+    maps = {"layer1": torch.zeros(1), "layer4": torch.ones(1)}
+    assert Features(maps, {"layer1": 4, "layer4": 32}).last == 1
+
+
+def test_flow_rows():
+    assert len(Flow(torch.zeros(4, 2, 3, 3))[1:3]) == 2
