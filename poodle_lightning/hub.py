@@ -1,0 +1,275 @@
+"""Encoders to and from disk: folders as on the Hugging Face hub, training checkpoints, torchvision files.
+
+A folder holds ``model.safetensors``, ``config.json`` (the encoder's spec) and ``README.md`` (a card);
+uploaded as it is, it is a repository of the hub. A checkpoint of a run carries the same spec under
+``"poodle_lightning"``. Nothing that is read here is ever unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import poodle_lightning
+from poodle_lightning.nn.configured import build, spec, untrained
+from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.weights import load_state, read_file, read_state
+from poodle_lightning.types import UserError
+
+FORMAT = 1
+_WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_ALLOW = ("poodle_lightning",)
+_STATE_FILES = (".pth", ".pt", ".safetensors")
+
+
+def save_pretrained(encoder: Encoder, folder: str | Path, card: str | None = None) -> Path:
+    """Writes an encoder so that :func:`from_pretrained` gives it back bit by bit.
+
+    Args:
+        encoder: any encoder of the package, with its decoder or without.
+        folder: made if needed; files of the same names in it are replaced, each in one step.
+        card: text of ``README.md``; None writes a short one.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: the encoder was made with an argument that has no plain form.
+        UserError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    config = {
+        "format": FORMAT,
+        "version": poodle_lightning.__version__,
+        "encoder": untrained(spec(encoder)),  # no path of this machine in a published file
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_safetensors(encoder.state_dict(), folder / _WEIGHTS)
+        _write_text(json.dumps(config, indent=2) + "\n", folder / _CONFIG)
+        _write_text(_default_card(encoder) if card is None else card, folder / _CARD)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror or error}): choose another folder"
+        ) from error
+    return folder
+
+
+def from_pretrained(path: str | Path, allow: Sequence[str] = _ALLOW) -> Encoder:
+    """An encoder with its weights, in eval mode, on the CPU.
+
+    Args:
+        path: a folder of :func:`save_pretrained`; a ``.ckpt`` of a run; or the name ``owner/name`` of a
+            repository on the Hugging Face hub.
+        allow: packages whose classes the file may name; add the package of your own encoder.
+
+    Raises:
+        UserError: nothing is there, it is truncated, or its weights do not fit its description.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return _from_folder(place, allow)
+    if place.is_file() or place.suffix == ".ckpt":
+        return _from_checkpoint(place, allow)
+    return _from_folder(_download(str(path)), allow)
+
+
+def load_encoder(
+    path: str | Path, encoder: Encoder | Mapping[str, Any] | None = None, allow: Sequence[str] = _ALLOW
+) -> Encoder:
+    """Like :func:`from_pretrained`, and also fills a given encoder from a bare state dict.
+
+    Args:
+        path: what :func:`from_pretrained` takes; or, with ``encoder``, a file with a state dict
+            (torchvision's and timm's fit ``ResNet``; a classifier ``fc`` in it is left out).
+        encoder: an encoder, or a spec of one, for a bare state dict; None: the file describes it.
+        allow: see :func:`from_pretrained`.
+
+    Returns:
+        The encoder in eval mode; where one was given, that same one.
+
+    Raises:
+        UserError: see :func:`from_pretrained`; or the weights do not fit ``encoder``.
+    """
+    if encoder is None:
+        return from_pretrained(path, allow)
+    made = encoder if isinstance(encoder, Encoder) else _build(dict(encoder), str(path), allow)
+    state = {key: value for key, value in read_state(path).items() if not key.startswith("fc.")}
+    load_state(made, state, str(path))
+    return made.eval()
+
+
+def export_torchvision(encoder: Encoder, path: str | Path) -> Path:
+    """Writes a ResNet's weights under torchvision's names, without ``fc`` and without any decoder.
+
+    ``torchvision.models.resnet50().load_state_dict(state, strict=False)`` then lacks ``fc`` only. A network
+    with ``output_stride`` 8 needs ``replace_stride_with_dilation=[False, True, True]`` there.
+
+    Args:
+        encoder: a ``ResNet`` of torchvision's shape, or one inside a ``DecodedEncoder``.
+        path: ``.safetensors``, ``.pth`` or ``.pt``.
+
+    Raises:
+        UserError: torchvision has no such network, or the name has another ending.
+    """
+    from poodle_lightning.nn.resnet import ResNet
+
+    path = Path(path)
+    bare = encoder.encoder if isinstance(encoder, DecodedEncoder) else encoder
+    if not isinstance(bare, ResNet):
+        raise UserError(f"{type(bare).__name__} is no ResNet: torchvision's names exist for ResNet only")
+    for name, needed in (("width", (64,)), ("stem_pool", (True,)), ("depth", (18, 34, 50, 101))):
+        value = bare.init_args[name]
+        if value not in needed:
+            raise UserError(f"torchvision has no ResNet with {name}={value}: use save_pretrained instead")
+    if path.suffix not in _STATE_FILES:
+        raise UserError(f"{path}: unknown ending {path.suffix!r}: choose {', '.join(_STATE_FILES)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        _write_safetensors(bare.state_dict(), path)
+    else:
+        state = _plain_tensors(bare.state_dict())
+        _in_one_step(path, lambda part: torch.save(state, part))
+    return path
+
+
+def _from_folder(folder: Path, allow: Sequence[str]) -> Encoder:
+    config_path = folder / _CONFIG
+    if not config_path.is_file():
+        raise UserError(f"{folder} holds no {_CONFIG}: give a folder written by save_pretrained")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{config_path} is truncated or no JSON ({error}): copy or download it again"
+        ) from error
+    encoder = _build(_described(config, "encoder", str(config_path)), str(config_path), allow)
+    load_state(encoder, read_file(folder / _WEIGHTS), str(folder / _WEIGHTS))
+    return encoder.eval()
+
+
+def _from_checkpoint(path: Path, allow: Sequence[str]) -> Encoder:
+    content = read_file(path)
+    if "poodle_lightning" not in content:
+        raise UserError(
+            f"{path} does not describe its encoder (no entry 'poodle_lightning'): "
+            "use load_encoder(path, encoder) for a bare state dict"
+        )
+    described = content["poodle_lightning"]
+    encoder = _build(_described(described, "backbone", str(path)), str(path), allow)
+    prefixes = described.get("prefixes", {})
+    state: dict[str, Tensor] = {}
+    for part, prefix in prefixes.items():
+        inner = f"{part}." if "decoder" in prefixes else ""
+        found = {
+            inner + key.removeprefix(prefix): value
+            for key, value in content.get("state_dict", {}).items()
+            if key.startswith(prefix)
+        }
+        if not found:
+            raise UserError(
+                f"{path} holds no key {prefix}* for the {part}: it is not a checkpoint of a whole run"
+            )
+        state.update(found)
+    load_state(encoder, state, str(path))
+    return encoder.eval()
+
+
+def _described(config: Any, name: str, source: str) -> dict[str, Any]:
+    """The spec under ``name``, after a look at the format."""
+    if not isinstance(config, dict) or not isinstance(config.get(name), dict) or "format" not in config:
+        raise UserError(
+            f"{source} does not describe an encoder of this package (no {name!r}): give another file"
+        )
+    if config["format"] != FORMAT:
+        version = config.get("version", "another version")
+        raise UserError(
+            f"{source} has format {config['format']} (of poodle-lightning {version}), this version reads "
+            f"format {FORMAT}: update the package"
+        )
+    found: dict[str, Any] = config[name]
+    return found
+
+
+def _build(plain: Mapping[str, Any], source: str, allow: Sequence[str]) -> Encoder:
+    made = build(untrained(plain), allow)
+    if not isinstance(made, Encoder):
+        raise UserError(f"{source} describes a {type(made).__name__}, not an encoder: give another file")
+    return made
+
+
+def _download(name: str) -> Path:
+    owner_and_name = name.split("/")
+    if len(owner_and_name) != 2 or not all(owner_and_name) or name.startswith((".", "~")):
+        raise UserError(
+            f"{name} does not exist: give a folder, a .ckpt file or a hub repository (owner/name)"
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=[_WEIGHTS, _CONFIG]))
+    except Exception as error:  # no network, no such repository, no access, ...: each has its own class there
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{name} is neither here nor could it be fetched from the hub ({reason[0]}): "
+            "give a folder, a .ckpt file or the owner/name of a repository"
+        ) from error
+
+
+def _plain_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def _write_safetensors(state: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    # A clone each, because the format refuses tensors that share memory.
+    alone = {key: value.clone() for key, value in _plain_tensors(state).items()}
+    _in_one_step(path, lambda part: save_file(alone, part, {"format": "pt"}))
+
+
+def _write_text(text: str, path: Path) -> None:
+    _in_one_step(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _in_one_step(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside its place and then gives it its name, so that no reader sees half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _default_card(encoder: Encoder) -> str:
+    rows = "\n".join(
+        f"| {name} | {encoder.channels[name]} | {encoder.strides[name]} |" for name in encoder.channels
+    )
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return f"""---
+library_name: poodle-lightning
+tags: [self-supervised-learning, image-feature-extraction]
+---
+# {type(encoder).__name__}
+
+An image encoder of poodle-lightning {poodle_lightning.__version__}, {parameters / 1e6:.2f} M parameters.
+
+```python
+from poodle_lightning.hub import from_pretrained
+
+encoder = from_pretrained("this folder or repository")  # eval mode
+features = encoder(images)  # (B, 3, H, W) in [0, 1]; it normalises by itself
+features.maps, features.vector
+```
+
+| map | channels | stride |
+|---|---|---|
+{rows}
+"""
