@@ -1,0 +1,1 @@
+"""Random image operations, drawn from the images' keys; no gradient, float32."""

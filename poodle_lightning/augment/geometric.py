@@ -1,0 +1,108 @@
+"""Geometric views: each returns the image together with its own map back to the clean crop."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from kornia.geometry.transform import get_affine_matrix2d
+from torch import Tensor
+
+from poodle_lightning.nn.configured import Configured
+from poodle_lightning.ops.geometry import Affine, Size, pull
+from poodle_lightning.ops.random import bernoulli, fold, uniform
+from poodle_lightning.types import View
+
+
+class AffineFlip(Configured):
+    """A rotation and scaling about the centre, then a horizontal flip. Defaults: PooDLe's.
+
+    Args:
+        degrees: rotation drawn from [−d, d].
+        scale: range of the magnification.
+        flip: probability of the flip.
+    """
+
+    def __init__(
+        self, degrees: float = 10.0, scale: tuple[float, float] = (0.9, 1.1), flip: float = 0.5
+    ) -> None:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"AffineFlip: scale must be 0 < low <= high, not {scale}")
+        self.degrees = degrees
+        self.scale = scale
+        self.flip = flip
+
+    def draw(self, keys: Tensor, size: Size) -> Affine:
+        """``to_clean`` of one view per key, on the host."""
+        height, width = size
+        batch = len(keys)
+        angle = uniform(fold(keys, "angle"), 1, -self.degrees, self.degrees)[:, 0]
+        scale = uniform(fold(keys, "scale"), 1, *self.scale).expand(-1, 2)
+        centre = torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(batch, 2)
+        matrix = get_affine_matrix2d(torch.zeros(batch, 2), centre, scale, angle).double()
+        flipped = torch.eye(3, dtype=torch.float64).repeat(batch, 1, 1)
+        rows = bernoulli(fold(keys, "flip"), self.flip)[:, 0]
+        flipped[rows, 0, 0], flipped[rows, 0, 2] = -1.0, float(width - 1)
+        return Affine.from_kornia(flipped @ matrix, clean=size, view=size)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, keys: Tensor) -> View:
+        """A view of ``images (B, 3, H, W)``, of the same size; what lies outside the crop is zero."""
+        size = (images.shape[-2], images.shape[-1])
+        to_clean = self.draw(keys, size).to(images.device)
+        image, seen = pull(images, to_clean, size)
+        return View(image * seen[:, None], to_clean)
+
+
+def draw_views(view: AffineFlip | None, u: Tensor, v: Tensor, keys: Tensor) -> tuple[View, View]:
+    """Views of the online frames and of the target frames, drawn separately; without a recipe, the frames."""
+    if view is None:
+        identity = Affine.identity(len(u), u.device)
+        return View(u, identity), View(v, identity)
+    return view(u, fold(keys, "online view")), view(v, fold(keys, "target view"))
+
+
+class ResizedCrop(Configured):
+    """A random resized crop with a horizontal flip (Inception crop). Defaults: BYOL's.
+
+    Args:
+        size: height and width of the view in pixels.
+        area: range of the crop's share of the image.
+        ratio: range of the crop's width over height, log-uniform.
+        flip: probability of the flip.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int] = (224, 224),
+        area: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+    ) -> None:
+        if not 0 < area[0] <= area[1] <= 1:
+            raise ValueError(f"ResizedCrop: area must be 0 < low <= high <= 1, not {area}")
+        self.size = size
+        self.area = area
+        self.ratio = ratio
+        self.flip = flip
+
+    def draw(self, keys: Tensor, size: Size) -> Affine:
+        """``to_clean`` of one crop per key, on the host; a crop wider than the image is cut to it."""
+        height, width = size
+        pixels = uniform(fold(keys, "area"), 1, *self.area)[:, 0] * (height * width)
+        ratio = uniform(fold(keys, "ratio"), 1, math.log(self.ratio[0]), math.log(self.ratio[1]))[:, 0].exp()
+        half_x = ((pixels * ratio).sqrt() / width).clamp(max=1.0)
+        half_y = ((pixels / ratio).sqrt() / height).clamp(max=1.0)
+        where = uniform(fold(keys, "centre"), 2, -1.0, 1.0)
+        x, y = where[:, 0] * (1 - half_x), where[:, 1] * (1 - half_y)
+        boxes = torch.stack([x - half_x, y - half_y, x + half_x, y + half_y], dim=-1)
+        flipped = bernoulli(fold(keys, "flip"), self.flip)[:, 0]
+        swapped = boxes[:, [2, 1, 0, 3]]  # right edge first: mirrored
+        return Affine.box(torch.where(flipped[:, None], swapped, boxes))
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, keys: Tensor) -> View:
+        """A view of ``images (B, 3, H, W)``; plain bilinear."""
+        to_clean = self.draw(keys, (images.shape[-2], images.shape[-1])).to(images.device)
+        image, _ = pull(images, to_clean, self.size)
+        return View(image, to_clean)

@@ -1,0 +1,247 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import make_clip, tiny_encoder, tiny_recipe, tiny_sdm
+
+from poodle_lightning.augment.geometric import AffineFlip, draw_views
+from poodle_lightning.augment.photometric import recolour
+from poodle_lightning.flow.given import Given
+from poodle_lightning.methods.poodle import PooDLe
+from poodle_lightning.ops.crops import SubcropRecipe
+from poodle_lightning.ops.geometry import Affine, Flow, pixel_grid, pull, warp_into_view
+from poodle_lightning.ops.pairs import both_directions, direction_keys
+from poodle_lightning.ops.random import key_of
+
+
+def tiny_poodle(**kwargs) -> PooDLe:
+    torch.manual_seed(0)
+    encoder = kwargs.pop("encoder", None) or tiny_encoder()
+    defaults = {
+        "decoder": tiny_sdm(encoder),
+        "flow": Given(),
+        "hidden": 16,
+        "out": 8,
+        "subcrops": SubcropRecipe(count=3, size=(16, 16)),
+        "recipe": tiny_recipe(),
+    }
+    return PooDLe(encoder, **{**defaults, **kwargs})
+
+
+def bilinear(image, x, y):
+    """One bilinear read at extent coordinates, clamped; plain floats."""
+    _, height, width = image.shape
+    px = min(max((x + 1) * width / 2 - 0.5, 0.0), width - 1.0)
+    py = min(max((y + 1) * height / 2 - 0.5, 0.0), height - 1.0)
+    x0, y0 = int(px), int(py)
+    x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
+    top = (1 - px + x0) * image[:, y0, x0] + (px - x0) * image[:, y0, x1]
+    low = (1 - px + x0) * image[:, y1, x0] + (px - x0) * image[:, y1, x1]
+    return (1 - py + y0) * top + (py - y0) * low
+
+
+def distance(a, b) -> float:
+    return 2 - 2 * float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def affine_at(matrix, x, y):
+    return (
+        matrix[0][0] * x + matrix[0][1] * y + matrix[0][2],
+        matrix[1][0] * x + matrix[1][1] * y + matrix[1][2],
+    )
+
+
+def dense_by_loops(p, to_clean_a, z, to_clean_b, flow_px, alpha1, alpha2):
+    """Paper §3 and App. A in Python floats: un-augment, then warp; DDFlow occlusion; mean per image."""
+    rows, _, height, width = flow_px.shape
+    total = 0.0
+    for i in range(rows):
+        partner = (i + rows // 2) % rows
+        inverse_a = torch.linalg.inv(to_clean_a[i]).tolist()
+        inverse_b = torch.linalg.inv(to_clean_b[i]).tolist()
+        loss, count = 0.0, 0
+        for row in range(height):
+            for column in range(width):
+                x, y = (2 * column + 1) / width - 1, (2 * row + 1) / height - 1
+                fx, fy = float(flow_px[i, 0, row, column]), float(flow_px[i, 1, row, column])
+                mx, my = x + fx * 2 / width, y + fy * 2 / height
+                if max(abs(mx), abs(my)) > 1:
+                    continue
+                bx, by = bilinear(flow_px[partner], mx, my).tolist()
+                gap = (fx + bx) ** 2 + (fy + by) ** 2
+                if gap > alpha1 * (fx**2 + fy**2 + bx**2 + by**2) + alpha2:
+                    continue
+                ax, ay = affine_at(inverse_a, x, y)
+                vx, vy = affine_at(inverse_b, mx, my)
+                if max(map(abs, (ax, ay, vx, vy))) > 1:
+                    continue
+                loss, count = loss + distance(bilinear(p[i], ax, ay), bilinear(z[i], vx, vy)), count + 1
+        total += loss / max(count, 1)
+    return total / rows
+
+
+def test_both_losses_equal_the_formula_in_loops():
+    method = tiny_poodle(view=AffineFlip()).double().eval()
+    clip = make_clip()
+    torch.manual_seed(1)
+    clip.flow.add_(torch.randn_like(clip.flow) * 1.2)  # so that some pixels are occluded
+    terms = {name: float(value) for name, value in method.losses(clip).items()}
+
+    clean = clip.unit().double()
+    flow = method.flow(clip, clean)
+    u, v = both_directions(recolour(method.colour, clean, clip.key).double())
+    a, b = draw_views(method.view, u, v, direction_keys(clip.key))
+    p = method.dense_predictor(method.online.dense(a.image.double()))
+    z = method.target.module.dense(b.image.double())
+    dense = dense_by_loops(
+        p.detach(),
+        a.to_clean.matrix.double(),
+        z,
+        b.to_clean.matrix.double(),
+        flow.to_pixels().double(),
+        0.1,
+        0.5,
+    )
+    assert abs(terms["dense"] - 0.5 * dense) < 1e-5
+
+    pairs = method.pairs(flow, clip.key)
+    total, count = 0.0, 0
+    for row in range(len(pairs.online)):
+        crops = []
+        other = u if bool(pairs.same[row]) else v
+        for image, box in (
+            (u[row // 3], pairs.online.matrix[row]),
+            (other[row // 3], pairs.target.matrix[row]),
+        ):
+            crop = torch.zeros(3, 16, 16, dtype=torch.float64)
+            for j in range(16):
+                for i in range(16):
+                    x, y = affine_at(box.tolist(), (2 * i + 1) / 16 - 1, (2 * j + 1) / 16 - 1)
+                    if max(abs(x), abs(y)) <= 1 + 5e-7:
+                        crop[:, j, i] = bilinear(image.double(), x, y)
+            crops.append(crop)
+        q = method.pooled_predictor(method.online.pooled(crops[0][None]))[0]
+        t = method.target.module.pooled(crops[1][None])[0]
+        total, count = total + distance(q.detach(), t), count + 1
+    assert abs(terms["pooled"] - 0.5 * total / count) < 1e-5
+
+
+def analytic_features(points: torch.Tensor) -> torch.Tensor:
+    """A smooth 16-channel field of world coordinates, (B, H, W, 2) -> (B, 16, H, W)."""
+    generator = torch.Generator().manual_seed(2)
+    waves = torch.randn(16, 2, generator=generator, dtype=torch.float64) * 6
+    phase = torch.rand(16, generator=generator, dtype=torch.float64) * 6.28
+    return torch.sin(points.double() @ waves.T + phase).permute(0, 3, 1, 2)
+
+
+def landing_cosine(stride: int, order: str, degrees: float, scale: float) -> float:
+    """Mean cosine of online and target features after un-augmenting and warping, on exact features."""
+    size = (128, 256)
+    angle = math.radians(degrees)
+    cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+    pixels = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]]).double()
+    centre = torch.tensor([[1.0, 0, 127.5], [0, 1, 63.5], [0, 0, 1]]).double()
+    drawn = (centre @ pixels @ torch.linalg.inv(centre))[None]
+    to_clean = Affine.from_kornia(drawn, clean=size, view=size)
+    motion = torch.zeros(1, 2, *size)
+    motion[:, 0], motion[:, 1] = 18.0, -9.0
+    shift = torch.tensor([18.0 * 2 / 256, -9.0 * 2 / 128], dtype=torch.float64)
+    coarse = pixel_grid((size[0] // stride, size[1] // stride))[None]
+    online = analytic_features(coarse)  # frame a, not augmented
+    target = analytic_features(to_clean(coarse).double() - shift)  # frame b shows x at x + F
+    p, seen_p = pull(online, Affine.identity(1), size)
+    z, seen_z = pull(target, warp_into_view(to_clean, Flow.from_pixels(motion), order), size)
+    cosine = torch.nn.functional.cosine_similarity(p, z, dim=1)
+    return float(cosine[seen_p & seen_z].mean())
+
+
+def test_target_features_land_on_online_features():
+    assert landing_cosine(1, "paper", 10.0, 1.1) > 0.999
+    assert landing_cosine(8, "paper", 10.0, 1.1) > 0.998
+
+
+def test_authors_order_agrees_without_an_affine_and_not_with_one():
+    assert landing_cosine(1, "code", 0.0, 1.0) > 0.999
+    assert landing_cosine(1, "code", 10.0, 1.1) < 0.97
+
+
+ROWS = {  # paper, Table 4: which parts each row has
+    "2 dense + pool, dilated": {"encoder": {"output_stride": 8}, "decoder": None},
+    "3 dense, top-down": {"decoder": {"lateral": False}, "pooled_weight": 0.0},
+    "4 dense, lateral": {"decoder": {"top_down": False}, "pooled_weight": 0.0},
+    "5 dense, SDM": {"pooled_weight": 0.0},
+    "7 PooDLe": {},
+    "pooled alone": {"dense_weight": 0.0, "decoder": None},
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_ablation_row_trains_all_it_has(row):
+    changes = dict(ROWS[row])
+    encoder = tiny_encoder(**changes.pop("encoder", {}))
+    if isinstance(changes.get("decoder"), dict):
+        changes["decoder"] = tiny_sdm(encoder, **changes["decoder"])
+    method = tiny_poodle(encoder=encoder, **changes)
+    terms = method.losses(make_clip())
+    assert set(terms) == {t for t in ("dense", "pooled") if changes.get(f"{t}_weight", 0.5) > 0}
+    torch.stack(list(terms.values())).sum().backward()
+    without = [
+        n
+        for n, p in method.named_parameters()
+        if p.requires_grad and (p.grad is None or p.grad.abs().max() == 0)
+    ]
+    assert without == []
+    assert all(p.grad is None for p in method.target.parameters())
+
+
+def test_loss_is_symmetric_in_the_two_frames():
+    method = tiny_poodle(view=None).eval()
+    method.colour = lambda images, keys: images
+    method.subcrops = SubcropRecipe(count=3, size=(16, 16))
+    clip = make_clip()
+    swapped = replace(clip, frames=clip.frames.flip(1), flow=clip.flow.flip(1))
+    one, other = method.losses(clip)["dense"], method.losses(swapped)["dense"]
+    assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_default_is_the_papers_method():
+    method = PooDLe(encoder=tiny_encoder(), hidden=8, out=4, flow=Given())
+    assert method.online.decoder.dims == 2048
+    assert (method.dense_weight, method.pooled_weight) == (0.5, 0.5)
+    assert method.view.degrees == 10.0
+    assert method.subcrops.count == 6
+
+
+def test_both_weights_zero_is_refused():
+    with pytest.raises(ValueError, match="above 0"):
+        tiny_poodle(dense_weight=0.0, pooled_weight=0.0)
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_split():
+    method = tiny_poodle().eval()
+    whole = make_clip(batch=4)
+    look = method.look(whole)
+    half = whole[2:]
+    part = method.look(half)
+    rows = [2, 3, 6, 7]
+    assert torch.equal(look.views[0].image[rows], part.views[0].image)
+    crop_rows = torch.arange(24).reshape(8, 3)[rows].flatten()
+    assert torch.equal(look.crops[1][crop_rows], part.crops[1])
+
+
+def test_bfloat16_autocast_is_close_to_float32():
+    method = tiny_poodle()
+    clip = make_clip()
+    plain = sum(method.losses(clip).values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = sum(method.losses(clip).values())
+    assert narrow.dtype == torch.float32
+    assert abs(float(plain - narrow)) / float(plain) < 2e-2
+
+
+def test_keys_change_the_draws():
+    method = tiny_poodle()
+    clip = make_clip()
+    other = replace(clip, key=torch.stack([key_of(9, 9, i) for i in range(2)]))
+    assert not torch.equal(method.look(clip).crops[0], method.look(other).crops[0])
