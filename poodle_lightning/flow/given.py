@@ -1,0 +1,80 @@
+"""Flow that needs no estimator: what the data gives, or none at all.
+
+``complete`` is what all estimators share: rows that the clip brings (exact flow of generated videos, a cache)
+are taken, only pairs that lack a row are estimated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from poodle_lightning.nn.configured import Configured
+from poodle_lightning.ops.geometry import Flow
+from poodle_lightning.types import Clip, UserError
+
+
+@torch.no_grad()
+def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> Flow:
+    """The clip's own flow, with the rows it lacks estimated.
+
+    A clip without flow costs nothing here; one with flow costs one read-back, to learn which rows it has.
+
+    Args:
+        clip: may give flow; a row of NaN is missing.
+        clean: ``(N, 2, 3, H, W)`` in [0, 1].
+        estimate: takes some of the pairs of ``clean``, ``(M, 2, 3, H, W)``, and gives their 2M rows.
+
+    Returns:
+        2N rows on the grid of ``clean``: first → second frame of every pair, then second → first.
+
+    Raises:
+        ValueError: ``clean`` is not a batch of pairs.
+    """
+    if clean.ndim != 5 or clean.shape[1] != 2:
+        raise ValueError(
+            f"flow is between two frames: clean must be (N, 2, 3, H, W), not {tuple(clean.shape)}"
+        )
+    given = clip.given_flow()
+    if given is None:
+        return estimate(clean)
+    flow, present = given[0].resized((clean.shape[-2], clean.shape[-1])), given[1]
+    pairs = (~present.reshape(2, -1).all(dim=0)).nonzero().squeeze(1)
+    if not len(pairs):
+        return flow
+    estimated = estimate(clean[pairs]).displacement
+    rows = torch.cat([pairs, pairs + len(clean)])
+    keep = present[rows].reshape(-1, 1, 1, 1)
+    displacement = flow.displacement.clone()
+    displacement[rows] = torch.where(keep, displacement[rows], estimated.to(displacement))
+    return Flow(displacement)
+
+
+class Given(Configured):
+    """The flow that the data gives, and nothing else: exact flow of generated videos, or a full cache."""
+
+    def __call__(self, clip: Clip, clean: Tensor) -> Flow:
+        """The clip's own flow; see ``FlowEstimator``.
+
+        Raises:
+            UserError: a pair has none.
+        """
+        return complete(clip, clean, self._refuse)
+
+    @staticmethod
+    def _refuse(lacking: Tensor) -> Flow:
+        raise UserError(
+            f"{len(lacking)} pairs of the batch come without flow, which the estimator Given needs: "
+            "take a source that knows its flow (synthetic) or an estimator (DIS, RAFT)"
+        )
+
+
+class ZeroFlow(Configured):
+    """No motion, whatever the clip knows: the ablation in which a pixel is matched with its own place."""
+
+    def __call__(self, clip: Clip, clean: Tensor) -> Flow:
+        """Zeros on the grid of ``clean``; see ``FlowEstimator``."""
+        pairs, height, width = len(clean), clean.shape[-2], clean.shape[-1]
+        return Flow(torch.zeros(2 * pairs, 2, height, width, device=clean.device))

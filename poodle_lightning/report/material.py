@@ -1,0 +1,203 @@
+"""What a report shows beyond the run's files: computed from the trained method on held-out clips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poodle_lightning.evaluation.metrics import BDD100K, ClassSet, Confusion
+from poodle_lightning.evaluation.segmentation import (
+    Readout,
+    ReadoutRecipe,
+    feature_map,
+    linear_readout,
+    position_prior,
+    predict,
+    same_architecture_random,
+)
+from poodle_lightning.methods.base import Look, Method
+from poodle_lightning.nn.encoder import Encoder
+from poodle_lightning.nn.observed import observed
+from poodle_lightning.types import Clip
+
+
+@dataclass(frozen=True)
+class FeatureMaps:
+    """The deepest maps of the same held-out frames, trained and untrained.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1], all first frames of a batch.
+        trained: ``(B, C, h, w)``.
+        untrained: ``(B, C, h, w)`` of the same architecture, freshly initialised.
+    """
+
+    images: Tensor
+    trained: Tensor
+    untrained: Tensor
+
+
+@dataclass(frozen=True)
+class LabelReadout:
+    """Linear readouts on labelled clips and what they predict.
+
+    Args:
+        trained: of the trained encoder.
+        untrained: of the same architecture, freshly initialised.
+        prior: guessing the class most frequent at each position.
+        images: ``(B, 3, H, W)`` in [0, 1], some test frames.
+        labels: ``(B, H, W)`` their labels.
+        predictions: ``(B, H, W)`` of the trained encoder's readout.
+    """
+
+    trained: Readout
+    untrained: Readout
+    prior: Confusion
+    images: Tensor
+    labels: Tensor
+    predictions: Tensor
+
+
+@dataclass(frozen=True)
+class Material:
+    """All of it; what is None is left out of the page.
+
+    Args:
+        method: name of the method.
+        step: optimiser step of the weights.
+        held_out: the frames shown were not trained on.
+        look: what the method sees of a batch.
+        features: feature maps on held-out frames.
+        readout: linear readouts, when there are labels.
+    """
+
+    method: str | None = None
+    step: int | None = None
+    held_out: bool = True
+    look: Look | None = None
+    features: FeatureMaps | None = None
+    readout: LabelReadout | None = None
+
+
+def gather(
+    method: Method,
+    clips: Iterable[Clip],
+    training: Iterable[Clip] = (),
+    *,
+    held_out: bool = True,
+    step: int | None = None,
+    pairs: int = 3,
+    labelled: int = 300,
+    classes: ClassSet = BDD100K,
+    recipe: ReadoutRecipe | None = None,
+) -> Material:
+    """Compute what there is to see.
+
+    Args:
+        method: with its trained weights.
+        clips: pictures come from the first batch; the readout is tested on all of them.
+        training: clips for fitting the readout, others than ``clips``; only asked for where there are labels.
+        held_out: ``clips`` were not trained on.
+        step: optimiser step of the weights.
+        pairs: pairs drawn.
+        labelled: most labelled frames used on either side of the readout.
+        classes: names of the label values.
+        recipe: of the readout.
+    """
+    source = iter(clips)
+    first = next(source, None)
+    name = type(method).__name__
+    if first is None:
+        return Material(name, step, held_out)
+    device = next(method.parameters()).device
+    with observed(method):
+        whole = _on_host(method.look(first.to(device)))
+    encoder = method.backbone()
+    random = same_architecture_random(encoder)
+    # one frame per pair: the two frames of a pair look nearly the same
+    images = whole.frames[:, 0]
+    stored = (images * 255).round().to(torch.uint8)
+    maps = []
+    for net in (encoder, random):
+        with observed(net):
+            maps.append(feature_map(net, stored).cpu())
+    readout = None
+    if first.labels is not None:
+        train = _labelled(training, labelled)
+        test = None if train is None else _labelled(chain([first], source), labelled)
+        if train is not None and test is not None:
+            readout = read_labels(encoder, random, train, test, classes, recipe or ReadoutRecipe())
+    return Material(name, step, held_out, first_pairs(whole, pairs), FeatureMaps(images, *maps), readout)
+
+
+def first_pairs(look: Look, pairs: int) -> Look:
+    """A look at fewer pairs; views stay whole (their rows need not be the pairs')."""
+    total = len(look.frames)
+    kept = min(pairs, total)
+    directed = torch.cat([torch.arange(kept), torch.arange(kept) + total])
+    parts: dict[str, Any] = {"frames": look.frames[:kept]}
+    if look.flow is not None:
+        parts["flow"] = look.flow[directed]
+    if look.visible is not None:
+        parts["visible"] = look.visible[directed]
+    if look.boxes is not None:
+        per_image = len(look.boxes[0]) // (2 * total)
+        rows = (directed[:, None] * per_image + torch.arange(per_image)).flatten()
+        parts["boxes"] = (look.boxes[0][rows], look.boxes[1][rows])
+        if look.crops is not None:
+            parts["crops"] = (look.crops[0][rows], look.crops[1][rows])
+        if look.same is not None:
+            parts["same"] = look.same[rows]
+    return Look(**parts, views=look.views)
+
+
+def _on_host(look: Look) -> Look:
+    """Every tensor of a look on the CPU."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().cpu()
+        if isinstance(value, tuple):
+            return tuple(moved(item) for item in value)
+        if hasattr(value, "__dataclass_fields__"):
+            return type(value)(**{name: moved(getattr(value, name)) for name in value.__dataclass_fields__})
+        return value
+
+    host: Look = moved(look)
+    return host
+
+
+def _labelled(clips: Iterable[Clip], most: int) -> tuple[Tensor, Tensor] | None:
+    """First frames and labels of clips, at most so many; None without labels."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    for clip in clips:
+        found = clip.unit_labels()
+        if found is None:
+            return None
+        images.append((clip.unit()[:, 0] * 255).round().to(torch.uint8).cpu())
+        labels.append(found[:, 0].cpu())
+        if sum(map(len, images)) >= most:
+            break
+    return (torch.cat(images)[:most], torch.cat(labels)[:most]) if images else None
+
+
+def read_labels(
+    encoder: Encoder,
+    random: Encoder,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    classes: ClassSet,
+    recipe: ReadoutRecipe,
+) -> LabelReadout:
+    """Readouts of an encoder, its untrained twin and position alone, on images and labels (N, …) uint8."""
+    trained, untrained = (linear_readout(net, train, test, classes, recipe) for net in (encoder, random))
+    prior = position_prior(train[1], test[1], len(classes))
+    shown = test[0][:4]
+    return LabelReadout(
+        trained, untrained, prior, shown.float() / 255, test[1][:4], predict(encoder, trained.head, shown)
+    )
