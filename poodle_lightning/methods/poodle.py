@@ -202,6 +202,7 @@ class PooDLe(Method):
             views=draw_views(self.view, u, v, direction_keys(clip.key)),
             boxes=(pairs.online, pairs.target),
             crops=self.cut(u, v, pairs),
+            same=pairs.same,
         )
 
     @torch.no_grad()

@@ -1,0 +1,111 @@
+"""Every shipped YAML file parses, builds, and says in its header where its numbers come from."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from poodle_lightning.cli import build
+from poodle_lightning.data.video import VideoDataModule
+from poodle_lightning.methods.base import Method
+from poodle_lightning.methods.poodle import PooDLe
+
+ROOT = Path(__file__).parents[1] / "configs"
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiment").glob("*.yaml"))
+PATCHES = sorted(path.stem for path in (ROOT / "patch").glob("*.yaml"))
+TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
+HEADER = ("command", "hardware", "hours", "expected", "obtained")
+
+
+def made(*configs: str, words=()):
+    """Model and data of a config, on the meta device, without weights that would be downloaded."""
+    text = (ROOT / f"{configs[0]}.yaml").read_text()
+    method = yaml.safe_load((ROOT / configs[0]).parent.joinpath(yaml.safe_load(text)["model"]).read_text())
+    words = ["--data.root=videos", *words]
+    if "RAFT" in str(method) and not any(config.startswith("patch/flow_") for config in configs):
+        words.append("--model.flow={class_path: poodle_lightning.flow.raft.RAFT, init_args: {weights: null}}")
+    if "IMAGENET" in str(method):
+        words.append(
+            "--model.encoder={class_path: poodle_lightning.nn.resnet.ResNet, init_args: {weights: null}}"
+        )
+    with torch.device("meta"):
+        return build([f"{config}.yaml" for config in configs], words)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_build(name):
+    method, data = made(f"experiment/{name}")
+    assert isinstance(method, Method)
+    assert isinstance(data, VideoDataModule)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_have_a_header(name):
+    lines = (ROOT / "experiment" / f"{name}.yaml").read_text().splitlines()
+    head = [line for line in lines if line.startswith("#")]
+    for key in HEADER:
+        assert any(re.match(rf"# {key}\s+\S", line) for line in head), f"{name}.yaml says no {key!r}"
+    assert f"experiment/{name}.yaml" in "\n".join(head)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patches_change_what_they_say(name):
+    base = "byol_bdd100k" if name == "byol_frames" else "poodle_ablation"
+    plain, plain_data = made(f"experiment/{base}")
+    method, data = made(f"experiment/{base}", f"patch/{name}")
+    from poodle_lightning.nn.configured import spec
+
+    before = str(spec(plain)) + str(vars(plain_data.rule)) + str(vars(plain_data.sampler))
+    after = str(spec(method)) + str(vars(data.rule)) + str(vars(data.sampler))
+    assert before != after
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_are_arguments_of_the_trainer(name):
+    import inspect
+
+    import lightning as L
+
+    known = set(inspect.signature(L.Trainer.__init__).parameters)
+    given = yaml.safe_load((ROOT / "trainer" / f"{name}.yaml").read_text())
+    assert set(given) <= known
+    if "nodes" in name or "gpu8" in name:
+        assert given["sync_batchnorm"] is True
+        assert given["strategy"]["init_args"]["broadcast_buffers"] is False
+        assert given["use_distributed_sampler"] is False
+
+
+def test_the_papers_numbers():
+    """specs: the authors' configuration for BDD100K."""
+    method, data = made("experiment/poodle_bdd100k")
+    assert isinstance(method, PooDLe)
+    trainable = sum(p.numel() for p in method.parameters() if p.requires_grad) / 1e6
+    assert abs(trainable - 53.1) < 0.05
+    assert (method.alpha1, method.alpha2, method.loss_stride) == (0.1, 0.5, 1)
+    subcrops = method.subcrops
+    assert (subcrops.count, tuple(subcrops.size), tuple(subcrops.area)) == (6, (192, 192), (0.05, 0.3))
+    assert (method.view.degrees, tuple(method.view.scale), method.view.flip) == (10.0, (0.9, 1.1), 0.5)
+    recipe = method.recipe
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.eps) == ("adamw", 5e-4, 1e-2, 1e-6)
+    assert data.size == (512, 1024)
+    assert (tuple(data.rule.scale), tuple(data.rule.reference)) == ((0.75, 1.25), (1080, 1920))
+    # one pass here is two pairs per video: two epochs of the authors', whose schedule has 300 and 2 of warm-up
+    assert data.clips_per_video * recipe.horizon_epochs == 300
+    assert data.clips_per_video * recipe.warmup_epochs == 2
+
+
+def test_the_ablation_recipe():
+    method, data = made("experiment/poodle_ablation")
+    assert method.view is None
+    assert (method.recipe.lr, method.recipe.weight_decay) == (1e-3, 1e-6)
+    assert data.size == (256, 512)
+    assert data.clips_per_video * method.recipe.horizon_epochs == 40
+    assert data.clips_per_video * method.recipe.warmup_epochs == pytest.approx(3)
+
+
+def test_flowe_of_its_own_paper():
+    method, _ = made("experiment/flowe_bdd100k_paper")
+    assert (method.recipe.optimizer, method.recipe.lr, method.recipe.weight_decay) == ("lars", 0.1, 1e-6)
+    assert (method.view.degrees, tuple(method.view.scale)) == (30.0, (0.5, 2.0))

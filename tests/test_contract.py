@@ -1,0 +1,129 @@
+"""What every shipped method must hold, run over each ``configs/method/*.yaml`` in a tiny size."""
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_models import make_clip
+
+from poodle_lightning import from_pretrained, save_pretrained
+from poodle_lightning.cli import build
+from poodle_lightning.methods.base import Method
+from poodle_lightning.nn.optim import Schedule, build_optimizer
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "method").glob("*.yaml"))
+NAMES = [path.stem for path in CONFIGS]
+
+
+def tiny(name: str) -> Method:
+    """The config's method with a tiny encoder, tiny heads and the clips' own flow; all else as shipped."""
+    path = next(p for p in CONFIGS if p.stem == name)
+    shipped = yaml.safe_load(path.read_text())["init_args"]["encoder"]
+    encoder = {**shipped["init_args"], "depth": 10, "width": 8, "weights": None}
+    words = [
+        f"--model.encoder={json.dumps({**shipped, 'init_args': encoder})}",
+        "--model.hidden=16",
+        "--model.out=8",
+    ]
+    if not name.startswith("byol"):
+        words += ["--model.flow=poodle_lightning.flow.given.Given"]
+    if name.startswith("poodle"):
+        stem = "channels: [8, 16, 32, 64], dims: 32"
+        words += [f"--model.decoder={{class_path: poodle_lightning.nn.sdm.SDM, init_args: {{{stem}}}}}"]
+        words += ["--model.subcrops.size=[16, 16]"]
+    if name.startswith("byol"):
+        words += ["--model.crop.size=[32, 32]"]
+    torch.manual_seed(0)
+    method, _ = build([], [f"--model={path}", "--data=VideoDataModule", "--data.source=synthetic", *words])
+    assert isinstance(method, Method)
+    return method
+
+
+def total(method: Method, clip) -> torch.Tensor:
+    return torch.stack(list(method.losses(clip).values())).sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_trainable_parameter_gets_a_gradient_and_nothing_else(name):
+    method = tiny(name)
+    loss = total(method, make_clip())
+    assert loss.isfinite()
+    loss.backward()
+    for parameter_name, parameter in method.named_parameters():
+        if parameter_name.startswith("target."):
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, parameter_name
+            assert parameter.grad.isfinite().all(), parameter_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_target_starts_equal_and_apart(name):
+    method = tiny(name)
+    for one, other in zip(method.online.parameters(), method.target.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() != other.data_ptr()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_falls_on_one_fixed_batch(name):
+    """Fixed draws, no warm-up, target frozen."""
+    method = tiny(name)
+    clip = make_clip(batch=4)
+    recipe = replace(method.recipe, optimizer="adamw", lr=2e-3, weight_decay=0.0)
+    optimizer = build_optimizer(recipe, method, 4)
+    losses = []
+    for _ in range(30):
+        loss = total(method, clip)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert sum(losses[-3:]) / 3 < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configs_schedule_ends_where_it_says(name):
+    recipe = tiny(name).recipe
+    schedule = Schedule.from_recipe(recipe, steps_per_epoch=100, global_batch=recipe.reference_batch)
+    assert schedule.lr(schedule.warmup) == pytest.approx(recipe.lr)
+    assert schedule.lr(schedule.horizon) == pytest.approx(recipe.min_lr)
+    assert schedule.momentum(0) == pytest.approx(recipe.ema_start)
+    assert schedule.momentum(schedule.horizon) == pytest.approx(recipe.ema_end)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exported_encoder_is_the_online_one_bit_by_bit(name, tmp_path):
+    method = tiny(name).eval()
+    save_pretrained(method.backbone(), tmp_path)
+    images = torch.rand(2, 3, 32, 64)
+    ours, theirs = method.backbone()(images), from_pretrained(tmp_path)(images)
+    assert list(ours.maps) == list(theirs.maps)
+    for layer, value in ours.maps.items():
+        assert torch.equal(value, theirs.maps[layer])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_do_not_depend_on_the_global_random_state(name):
+    method = tiny(name).eval()
+    clip = make_clip()
+    torch.manual_seed(1)
+    one = total(method, clip)
+    torch.manual_seed(2)
+    assert torch.equal(one, total(method, clip))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_look_and_embed_leave_the_method_as_it_was(name):
+    method = tiny(name)
+    before = copy.deepcopy(method.state_dict())
+    method.eval()
+    method.look(make_clip())
+    rows = method.embed(torch.rand(4, 3, 32, 64))
+    assert all(value.ndim == 2 and value.dtype == torch.float32 for value in rows.values())
+    assert all(torch.equal(before[key], value) for key, value in method.state_dict().items())

@@ -1,0 +1,72 @@
+"""Two optimiser steps of a tiny method on four clips per step, by one or two processes; run as a script.
+
+usage: python two_processes.py NAME PROCESSES FILE
+"""
+
+import sys
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from tiny_models import make_clip, tiny_encoder, tiny_recipe, tiny_sdm
+from torch.utils.data import DataLoader
+
+from poodle_lightning import BYOL, FlowE, PooDLe
+from poodle_lightning.augment.geometric import ResizedCrop
+from poodle_lightning.flow.given import Given
+from poodle_lightning.ops.crops import SubcropRecipe
+
+
+def make(name: str) -> L.LightningModule:
+    torch.manual_seed(0)
+    recipe = tiny_recipe(optimizer="sgd", lr=0.05, sgd_momentum=0.0, weight_decay=0.0, ema_start=0.9)
+    heads = {"hidden": 16, "out": 8, "recipe": recipe}
+    if name == "PooDLe":
+        encoder = tiny_encoder()
+        subcrops = SubcropRecipe(count=2, size=(16, 16))
+        method = PooDLe(encoder, tiny_sdm(encoder), Given(), subcrops=subcrops, **heads)
+    elif name == "FlowE":
+        method = FlowE(tiny_encoder(output_stride=8), Given(), **heads)
+    else:
+        method = BYOL(tiny_encoder(), crop=ResizedCrop((32, 32)), **heads)
+    return method.eval()  # BatchNorm frozen: SyncBN exists only on GPUs
+
+
+class Halves(L.LightningDataModule):
+    """Every process takes its own part of each step's four clips."""
+
+    def train_dataloader(self) -> DataLoader:
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        part = slice(rank * 4 // world, (rank + 1) * 4 // world)
+        clips = [make_clip(batch=4, seed=step)[part] for step in range(2)]
+        return DataLoader(clips, batch_size=None, collate_fn=lambda clip: clip)
+
+
+class Keep(L.Callback):
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save({name: p.detach() for name, p in module.named_parameters()}, self.file)
+
+
+def main(name: str, processes: int, file: str) -> None:
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo") if processes > 1 else "auto"
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy=strategy,
+        max_steps=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[Keep(file)],
+    )
+    trainer.fit(make(name), datamodule=Halves())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
