@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import poodle_lightning
-from poodle_lightning.nn.configured import build, spec, untrained
+from poodle_lightning.configured import Configured, build, spec, untrained
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.weights import load_state, read_file, read_state
 from poodle_lightning.types import UserError
 
@@ -103,6 +104,18 @@ def load_encoder(
     state = {key: value for key, value in read_state(path).items() if not key.startswith("fc.")}
     load_state(made, state, str(path))
     return made.eval()
+
+
+def describe(method: Configured, online: Online) -> dict[str, Any]:
+    """What a checkpoint says of itself, as plain data: how to build the method and its encoder again."""
+    parts = ("encoder",) if online.decoder is None else ("encoder", "decoder")
+    return {
+        "format": FORMAT,
+        "version": poodle_lightning.__version__,
+        "method": spec(method),
+        "backbone": spec(online.backbone()),
+        "prefixes": {part: f"online.{part}." for part in parts},
+    }
 
 
 def export_torchvision(encoder: Encoder, path: str | Path) -> Path:

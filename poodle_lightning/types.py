@@ -173,6 +173,29 @@ class View:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What there is to see of one batch; everything a method does not have is None.
+
+    Args:
+        frames: ``(N, 2, 3, H, W)`` clean crops in [0, 1].
+        flow: 2N rows, first → second frame, then back.
+        visible: ``(2N, H, W)`` bool.
+        views: the online view of the 2N frames and the target view of their partners.
+        boxes: online and target subcrop boxes, 2N·K rows (row ``i·K + k``).
+        crops: the crops themselves, ``(2N·K, 3, h, w)`` each.
+        same: ``(2N·K,)`` bool, pairs whose two boxes lie in the same frame.
+    """
+
+    frames: Tensor
+    flow: Flow | None = None
+    visible: Tensor | None = None
+    views: tuple[View, View] | None = None
+    boxes: tuple[Affine, Affine] | None = None
+    crops: tuple[Tensor, Tensor] | None = None
+    same: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Features:
     """What an encoder or a decoder returns.
 

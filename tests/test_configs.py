@@ -55,7 +55,7 @@ def test_patches_change_what_they_say(name):
     base = "byol_bdd100k" if name == "byol_frames" else "poodle_ablation"
     plain, plain_data = made(f"experiment/{base}")
     method, data = made(f"experiment/{base}", f"patch/{name}")
-    from poodle_lightning.nn.configured import spec
+    from poodle_lightning.configured import spec
 
     before = str(spec(plain)) + str(vars(plain_data.rule)) + str(vars(plain_data.sampler))
     after = str(spec(method)) + str(vars(data.rule)) + str(vars(data.sampler))
@@ -91,7 +91,7 @@ def test_the_papers_numbers():
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.eps) == ("adamw", 5e-4, 1e-2, 1e-6)
     assert data.size == (512, 1024)
     assert (tuple(data.rule.scale), tuple(data.rule.reference)) == ((0.75, 1.25), (1080, 1920))
-    # one pass here is two pairs per video: two epochs of the authors', whose schedule has 300 and 2 of warm-up
+    # one pass here is two pairs per video: two epochs of the authors', whose schedule has 300, 2 of warm-up
     assert data.clips_per_video * recipe.horizon_epochs == 300
     assert data.clips_per_video * recipe.warmup_epochs == 2
 

@@ -6,8 +6,8 @@ import torchvision
 from safetensors.torch import load_file
 from torch import nn
 
+from poodle_lightning.configured import spec
 from poodle_lightning.hub import export_torchvision, from_pretrained, load_encoder, save_pretrained
-from poodle_lightning.nn.configured import spec
 from poodle_lightning.nn.encoder import DecodedEncoder
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM

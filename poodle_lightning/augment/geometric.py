@@ -8,7 +8,7 @@ import torch
 from kornia.geometry.transform import get_affine_matrix2d
 from torch import Tensor
 
-from poodle_lightning.nn.configured import Configured
+from poodle_lightning.configured import Configured
 from poodle_lightning.ops.geometry import Affine, Size, pull
 from poodle_lightning.ops.random import bernoulli, fold, uniform
 from poodle_lightning.types import View

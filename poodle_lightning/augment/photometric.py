@@ -16,7 +16,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from poodle_lightning.nn.configured import Configured
+from poodle_lightning.configured import Configured
 from poodle_lightning.ops.geometry import island
 from poodle_lightning.ops.random import bernoulli, fold, permutation, uniform
 

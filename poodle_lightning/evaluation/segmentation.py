@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from poodle_lightning.configured import build, spec
 from poodle_lightning.evaluation.metrics import IGNORE, ClassSet, Confusion
-from poodle_lightning.nn.configured import build, spec
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
 from poodle_lightning.ops.geometry import Size, pixels_to_extent, sample

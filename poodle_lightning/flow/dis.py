@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poodle_lightning.configured import Configured
 from poodle_lightning.flow.given import complete
-from poodle_lightning.nn.configured import Configured
 from poodle_lightning.ops.geometry import Flow, Size
-from poodle_lightning.types import Clip, UserError
+from poodle_lightning.types import Clip, FlowEstimator, UserError
 
 Preset = Literal["ultrafast", "fast", "medium"]
 _PRESETS = ("ultrafast", "fast", "medium")  # in OpenCV's order
@@ -56,7 +56,7 @@ class _Solvers(threading.local):
 _solvers = _Solvers()
 
 
-class DIS(Configured):
+class DIS(Configured, FlowEstimator):
     """OpenCV's DIS flow.
 
     In a method it works on the training crops: they are moved to the host and the flow back, so on a GPU it

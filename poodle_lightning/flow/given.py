@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poodle_lightning.nn.configured import Configured
+from poodle_lightning.configured import Configured
 from poodle_lightning.ops.geometry import Flow
-from poodle_lightning.types import Clip, UserError
+from poodle_lightning.types import Clip, FlowEstimator, UserError
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> F
     return Flow(displacement)
 
 
-class Given(Configured):
+class Given(Configured, FlowEstimator):
     """The flow that the data gives, and nothing else: exact flow of generated videos, or a full cache."""
 
     def __call__(self, clip: Clip, clean: Tensor) -> Flow:
@@ -71,7 +71,7 @@ class Given(Configured):
         )
 
 
-class ZeroFlow(Configured):
+class ZeroFlow(Configured, FlowEstimator):
     """No motion, whatever the clip knows: the ablation in which a pixel is matched with its own place."""
 
     def __call__(self, clip: Clip, clean: Tensor) -> Flow:

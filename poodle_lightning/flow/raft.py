@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.optical_flow import raft as stock
 
+from poodle_lightning.configured import Configured
 from poodle_lightning.flow.given import complete
-from poodle_lightning.nn.configured import Configured
 from poodle_lightning.nn.frozen import Frozen
 from poodle_lightning.nn.weights import read_state
 from poodle_lightning.ops.geometry import Flow, island
-from poodle_lightning.types import Clip, UserError
+from poodle_lightning.types import Clip, FlowEstimator, UserError
 
 _STRIDE = 8
 _MIN_SIDE = 128  # four levels of correlation at stride 8
@@ -32,7 +32,7 @@ _SIZES = {
 }
 
 
-class RAFT(nn.Module, Configured):
+class RAFT(nn.Module, Configured, FlowEstimator):
     """torchvision's RAFT: evaluation mode for ever, float32 under any precision, outside the state dict.
 
     Args:

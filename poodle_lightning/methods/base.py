@@ -6,56 +6,22 @@ it, and says how a clip becomes losses. It never touches files, and no callback 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-import poodle_lightning
-from poodle_lightning.nn.configured import Configured, build, spec, untrained
+from poodle_lightning.configured import Configured, build, untrained
+from poodle_lightning.hub import describe
 from poodle_lightning.nn.ema import EMA
-from poodle_lightning.nn.encoder import DecodedEncoder, Decoder, Encoder
+from poodle_lightning.nn.encoder import Encoder
+from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer
-from poodle_lightning.ops.geometry import Affine, Flow
-from poodle_lightning.types import Clip, Losses, UserError, View
-
-CHECKPOINT_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Look:
-    """What there is to see of one batch; everything a method does not have is None.
-
-    Args:
-        frames: ``(N, 2, 3, H, W)`` clean crops in [0, 1].
-        flow: 2N rows, first → second frame, then back.
-        visible: ``(2N, H, W)`` bool.
-        views: the online view of the 2N frames and the target view of their partners.
-        boxes: online and target subcrop boxes, 2N·K rows (row ``i·K + k``).
-        crops: the crops themselves, ``(2N·K, 3, h, w)`` each.
-        same: ``(2N·K,)`` bool, pairs whose two boxes lie in the same frame.
-    """
-
-    frames: Tensor
-    flow: Flow | None = None
-    visible: Tensor | None = None
-    views: tuple[View, View] | None = None
-    boxes: tuple[Affine, Affine] | None = None
-    crops: tuple[Tensor, Tensor] | None = None
-    same: Tensor | None = None
-
-
-class Online(nn.Module):
-    """The container of everything that the target copies; predictors stay outside."""
-
-    def __init__(self, encoder: Encoder, decoder: Decoder | None = None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
+from poodle_lightning.nn.weights import read_file
+from poodle_lightning.types import Clip, Look, Losses, UserError
 
 
 class Method(L.LightningModule, Configured):
@@ -149,8 +115,7 @@ class Method(L.LightningModule, Configured):
     # ---- what is kept
     def backbone(self) -> Encoder:
         """The online encoder that is exported, with its decoder where there is one."""
-        encoder, decoder = self.online.encoder, self.online.decoder
-        return encoder if decoder is None else DecodedEncoder(encoder, decoder)
+        return self.online.backbone()
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> dict[str, Tensor]:
@@ -159,17 +124,8 @@ class Method(L.LightningModule, Configured):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the method and its encoder, as plain data (loads with ``weights_only=True``)."""
-        prefixes = {"encoder": "online.encoder."}
-        if self.online.decoder is not None:
-            prefixes["decoder"] = "online.decoder."
-        checkpoint["poodle_lightning"] = {
-            "format": CHECKPOINT_FORMAT,
-            "version": poodle_lightning.__version__,
-            "method": spec(self),
-            "backbone": spec(self.backbone()),
-            "prefixes": prefixes,
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-        }
+        schedule = None if self.schedule is None else self.schedule.state_dict()
+        checkpoint["poodle_lightning"] = describe(self, self.online) | {"schedule": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the schedule of the run that is resumed: its horizon was fixed when it began."""
@@ -179,17 +135,16 @@ class Method(L.LightningModule, Configured):
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | Path, map_location: Any = "cpu", **_: Any
+        cls, checkpoint_path: str | Path, **_: Any
     ) -> Self:
-        """The method of a checkpoint, with its weights. Only tensors and plain data are read."""
-        path = Path(checkpoint_path)
-        if not path.is_file():
-            raise UserError(f"{path}: no such checkpoint")
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-        if "poodle_lightning" not in checkpoint:
-            raise UserError(f"{path}: not a poodle-lightning checkpoint (its keys: {sorted(checkpoint)[:5]})")
-        method = build(untrained(checkpoint["poodle_lightning"]["method"]))
+        """The method of a checkpoint, with its weights, on the CPU. Only tensors and plain data are read."""
+        content = read_file(checkpoint_path)
+        if "poodle_lightning" not in content:
+            raise UserError(
+                f"{checkpoint_path}: not a poodle-lightning checkpoint (keys {sorted(content)[:5]})"
+            )
+        method = build(untrained(content["poodle_lightning"]["method"]))
         if not isinstance(method, cls):
-            raise UserError(f"{path} holds a {type(method).__name__}, not a {cls.__name__}")
-        method.load_state_dict(checkpoint["state_dict"])
+            raise UserError(f"{checkpoint_path} holds a {type(method).__name__}, not a {cls.__name__}")
+        method.load_state_dict(content["state_dict"])
         return method

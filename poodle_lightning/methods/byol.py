@@ -25,15 +25,16 @@ from torch import Tensor
 from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.regression import cosine_distance
-from poodle_lightning.methods.base import Look, Method, Online
+from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.heads import MLP
+from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.pairs import both_directions
 from poodle_lightning.ops.random import fold
-from poodle_lightning.types import Clip, Losses, View
+from poodle_lightning.types import Clip, Look, Losses, View
 
 
 class BYOLNet(Online):

@@ -33,16 +33,17 @@ from poodle_lightning.augment.geometric import AffineFlip, draw_views
 from poodle_lightning.augment.photometric import Colour, recolour
 from poodle_lightning.flow.dis import DIS
 from poodle_lightning.losses.regression import warped_distance
-from poodle_lightning.methods.base import Look, Method, Online
+from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.heads import ConvMLP
+from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import WarpOrder, on_loss_grid, warp_into_view
 from poodle_lightning.ops.occlusion import visible_endpoint
 from poodle_lightning.ops.pairs import both_directions, direction_keys
-from poodle_lightning.types import Clip, FlowEstimator, Losses
+from poodle_lightning.types import Clip, FlowEstimator, Look, Losses
 
 
 class FlowENet(Online):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from poodle_lightning.nn.configured import Configured
+from poodle_lightning.configured import Configured
 from poodle_lightning.types import Features
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -20,10 +20,10 @@ from poodle_lightning.evaluation.segmentation import (
     predict,
     same_architecture_random,
 )
-from poodle_lightning.methods.base import Look, Method
+from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
-from poodle_lightning.types import Clip
+from poodle_lightning.types import Clip, Look
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from poodle_lightning.draw.flow import arrows, flow_colours, longest_of, visibil
 from poodle_lightning.draw.pairs import Warped, difference, warp_pairs
 from poodle_lightning.draw.pca import fit as fit_directions
 from poodle_lightning.draw.segmentation import class_bars, colour_labels, palette
-from poodle_lightning.methods.base import Look
 from poodle_lightning.report.files import RunFiles, Skipped
 from poodle_lightning.report.material import FeatureMaps, LabelReadout, Material
 from poodle_lightning.report.page import (
@@ -33,6 +32,7 @@ from poodle_lightning.report.page import (
     plot,
     table,
 )
+from poodle_lightning.types import Look
 
 _HEALTH = {
     "std": ("spread (std·√d): 1 is spread out, 0 is one point", {"alarm below": 0.2}),

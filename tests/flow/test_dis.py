@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from poodle_lightning.configured import build, spec
 from poodle_lightning.flow.dis import DIS
-from poodle_lightning.nn.configured import build, spec
 from poodle_lightning.ops.geometry import Affine
 from poodle_lightning.types import Clip, FlowEstimator, UserError
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from poodle_lightning.configured import build, spec
 from poodle_lightning.flow.given import Given, ZeroFlow, complete
-from poodle_lightning.nn.configured import build, spec
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.types import Clip, FlowEstimator, UserError
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torchvision.models.optical_flow import raft_large, raft_small
 
+from poodle_lightning.configured import build, spec
 from poodle_lightning.flow.raft import RAFT
-from poodle_lightning.nn.configured import build, spec
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.types import Clip, FlowEstimator, UserError
 

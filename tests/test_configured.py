@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from poodle_lightning.nn.configured import Configured, build, spec
+from poodle_lightning.configured import Configured, build, spec
 from poodle_lightning.nn.encoder import DecodedEncoder
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
@@ -115,7 +115,7 @@ def test_build_gives_equal_objects():
         ({"class_path": "poodle_lightning.nn.resnet.Nothing"}, "does not exist"),
         ({"class_path": "poodle_lightning.nowhere.Nothing"}, "does not exist"),
         ({"class_path": "poodle_lightning.nn.resnet.nn"}, "not a class"),
-        ({"class_path": "poodle_lightning.nn.configured.Mapping"}, "not a class"),
+        ({"class_path": "poodle_lightning.configured.Mapping"}, "not a class"),
         ({"class_path": "poodle_lightning.types.UserError"}, "not a class"),
         ({"class_path": 3}, "outside the allowed"),
         ({"class_path": "poodle_lightning.nn.optim.Recipe", "init_args": {"rate": 1}}, "rate"),

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or absent: atomic writing, and telling a whole file from a torn one."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from poodle_lightning.types import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Puts a file in place in one step: write beside it, flush to disk, rename.
+
+    A process that is killed at any moment leaves the old file or the new one, never half of one.
+
+    Args:
+        path: where the file shall be.
+        write: writes the whole file at the path it is given.
+
+    Raises:
+        UserError: it cannot be written (disk full, read-only folder, ...); nothing is left behind.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        raise UserError(f"cannot write {path}: {error}; free space or choose another folder") from error
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the rename itself survive a power cut; some file systems cannot, which is no error."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written atomically and read as tensors and plain data only.
+
+    Lightning's own writer holds the whole file in memory, moves it between disks, does not flush it, and
+    takes a refused permission for success.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+    ) -> None:
+        """Writes ``checkpoint`` at ``path`` or raises :class:`UserError`."""
+        write_atomically(Path(path), lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        map_location: Any = "cpu",
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Reads a checkpoint; ``weights_only`` is always true, whatever is asked."""
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint, restricted to tensors and plain data.
+
+    Raises:
+        UserError: the file is missing, torn, or holds something else (code, for instance).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    damage = damage_of(path)
+    if damage is not None:
+        raise UserError(f"{path}: {damage}; use another checkpoint")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        problem = f"not a checkpoint of tensors and plain data, refused ({reason})"
+        raise UserError(f"{path}: {problem}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise UserError(f"{path}: not a checkpoint of a run (no state_dict in it)")
+    return content
+
+
+def damage_of(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint file, or None: its archive's checksums are verified."""
+    try:
+        if path.stat().st_size == 0:
+            return "empty file"
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+    except zipfile.BadZipFile:
+        return "truncated, or not a checkpoint"
+    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        return f"cannot be read ({error})"
+    return None if torn is None else f"damaged (checksum of {torn})"

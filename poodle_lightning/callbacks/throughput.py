@@ -1,0 +1,161 @@
+"""How fast a run is, what it waits for, and when it will be done."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from torch import Tensor
+
+_log = logging.getLogger(__name__)
+_GIB = 2.0**30
+
+
+class Throughput(L.Callback):
+    """Logs ``perf/pairs_per_s``, ``perf/data_wait`` and, on CUDA, ``perf/gpu_gb`` of each logging interval.
+
+    * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out).
+    * ``perf/data_wait``: share of the training time in which the host stood waiting for the next batch. The
+      device may still have been at work, so this is an upper bound of what faster data would save.
+    * ``perf/gpu_gb``: peak memory of this process's tensors so far, GiB.
+
+    Args:
+        print_every: seconds between two progress lines where there is no progress bar; None prints none.
+    """
+
+    def __init__(self, print_every: float | None = None) -> None:
+        self.print_every = print_every
+        self.latest: dict[str, float] = {}
+        self._clear()
+        self._left = self._began = self._printed = 0.0
+
+    def _clear(self) -> None:
+        self._pairs = 0
+        self._steps = 0
+        self._waited = self._worked = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Starts the clocks."""
+        self._clear()
+        self.latest = {}
+        self._left = self._printed = time.perf_counter()
+        self._last_step = trainer.global_step
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Validation is not training time."""
+        self._left = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is here: the wait is over."""
+        self._began = time.perf_counter()
+        self._waited += self._began - self._left
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts the batch; at a logging step, reports."""
+        self._left = time.perf_counter()
+        self._worked += self._left - self._began
+        self._pairs += clips_in(batch) * trainer.world_size
+        step = trainer.global_step
+        self._steps += step - self._last_step
+        due = step != self._last_step and (step % logging_interval(trainer) == 0 or not self.latest)
+        self._last_step = step
+        if due and self._worked + self._waited > 0:
+            self._report(trainer, pl_module, outputs)
+            self._left = time.perf_counter()
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
+        elapsed = self._worked + self._waited
+        perf = {"perf/pairs_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
+        if pl_module.device.type == "cuda":
+            perf["perf/gpu_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / _GIB
+        if trainer.global_step % logging_interval(trainer) == 0:
+            for logger in trainer.loggers:
+                # the row of this step: Lightning numbers steps from 0 in its logs
+                logger.log_metrics(perf, step=trainer.global_step - 1)
+        self.latest = {**perf, "eta_s": self._seconds_left(trainer, elapsed)}
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            self.latest["loss"] = loss.item() * trainer.accumulate_grad_batches
+        self._clear()
+        now = time.perf_counter()
+        if (
+            self.print_every is not None
+            and now - self._printed >= self.print_every
+            and trainer.is_global_zero
+        ):
+            self._printed = now
+            _log.info(self.line(trainer))
+
+    def _seconds_left(self, trainer: L.Trainer, elapsed: float) -> float:
+        total = trainer.estimated_stepping_batches
+        if self._steps == 0 or not math.isfinite(total) or total < 0:
+            return math.nan
+        return (total - trainer.global_step) * elapsed / self._steps
+
+    def line(self, trainer: L.Trainer) -> str:
+        """The state of the run in one line."""
+        total = trainer.estimated_stepping_batches
+        of = f"/{int(total)}" if math.isfinite(total) and total > 0 else ""
+        return f"epoch {trainer.current_epoch}  step {trainer.global_step}{of}  " + "  ".join(
+            f"{name} {value}" for name, value in self.words().items()
+        )
+
+    def words(self) -> dict[str, str]:
+        """The latest numbers as short text, for the progress bar."""
+        words: dict[str, str] = {}
+        if "loss" in self.latest:
+            words["loss"] = f"{self.latest['loss']:.4f}"
+        if "perf/pairs_per_s" in self.latest:
+            words["pairs/s"] = f"{self.latest['perf/pairs_per_s']:.3g}"
+            words["data wait"] = f"{100 * self.latest['perf/data_wait']:.0f}%"
+        if "perf/gpu_gb" in self.latest:
+            words["GiB"] = f"{self.latest['perf/gpu_gb']:.1f}"
+        if math.isfinite(self.latest.get("eta_s", math.nan)):
+            words["ETA"] = str(timedelta(seconds=round(self.latest["eta_s"])))
+        return words
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's bar with the run's own numbers: loss, pairs/s, data-wait share, time left of the whole run.
+
+    Args:
+        throughput: where the numbers come from.
+        refresh_rate: batches between two updates.
+    """
+
+    def __init__(self, throughput: Throughput, refresh_rate: int = 5) -> None:
+        super().__init__(refresh_rate=refresh_rate)
+        self._throughput = throughput
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """The numbers shown; none of them is read from the device for the sake of the bar."""
+        return dict(self._throughput.words())
+
+
+def logging_interval(trainer: L.Trainer) -> int:
+    """Optimiser steps between two logged ones (``trainer.log_every_n_steps``, which may be 0)."""
+    return max(1, int(getattr(trainer, "log_every_n_steps", 1)))
+
+
+def clips_in(batch: Any) -> int:
+    """Number of clips in a batch: its length, or that of its first tensor."""
+    if isinstance(batch, (list, tuple)) and batch:
+        return clips_in(batch[0])
+    if isinstance(batch, dict) and batch:
+        return clips_in(next(iter(batch.values())))
+    try:
+        return len(batch)
+    except TypeError:
+        return 1

@@ -1,0 +1,382 @@
+"""``poodle-lightning``: the verbs, their words, and errors in one line. Heavy imports wait until needed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import pkgutil
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import poodle_lightning
+from poodle_lightning import commands, recipes
+
+if TYPE_CHECKING:
+    import lightning as L
+
+TRAINING = {
+    "fit": "train, or go on with --ckpt_path last",
+    "validate": "loss and health on held-out clips",
+    "test": "the test loop of a model that has one",
+    "predict": "the predict loop of a model that has one",
+}
+# Whose classes a configuration may name. Importing a module runs it, so nothing else is imported for a
+# `class_path`; torch and lightning as a whole reach functions that run code, hence only parts of them.
+ALLOWED = [
+    "poodle_lightning",
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "profilers", "strategies", "plugins")),
+    *("lightning.pytorch.accelerators", "lightning.fabric.plugins", "lightning.pytorch.demos.boring_classes"),
+    "datetime.timedelta",
+]
+_CLASSES = ("methods", "flow", "nn", "augment", "data")
+# Said by Lightning and jsonargparse about each other at every start.
+_NOISE = [
+    r".*deprecated (in|since) v4\..* will be removed in v5\..*",
+    r".*instantiate_subclass_spec_in_any.*",
+    r".*isinstance\(treespec, LeafSpec\).* is deprecated.*",
+    r"Checkpoint directory .* exists and is not empty.*",  # going on in a run's folder is meant
+]
+_log = logging.getLogger("poodle_lightning")
+
+
+def main(args: list[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        args: the words after the program's name; None takes them from the system.
+
+    Returns:
+        Exit code: 0 done, 1 unexpected error (with traceback), 2 something the user can mend (one line),
+        128 + n stopped by signal n after leaving a checkpoint.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    with ExitStack() as stack:
+        stack.enter_context(_speaking())
+        try:
+            return _dispatch(words, stack)
+        except BaseException as error:
+            return _explain(error, debug)
+
+
+def build(
+    configs: Sequence[str | Path], overrides: Sequence[str] = ()
+) -> tuple[L.LightningModule, L.LightningDataModule]:
+    """Model and data module of configuration files, for notebooks and commands; nothing is run or written.
+
+    Args:
+        configs: files by path or shipped name, later ones over earlier ones.
+        overrides: as on the command line, e.g. ``["--data.root", "videos/"]`` or ``["--data.root=videos/"]``.
+
+    Raises:
+        UserError: something in them is wrong.
+    """
+    words = [word for config in configs for word in ("--config", str(config))]
+    request = read_words([*words, *overrides])
+    with _policy(request.allow), warnings.catch_warnings():
+        _hush()
+        from poodle_lightning.training import TrainingCLI
+
+        _import_classes()
+        try:
+            cli = TrainingCLI(request.words, request.name, run=False)
+        except argparse.ArgumentError as error:
+            from poodle_lightning.types import UserError
+
+            raise UserError(_parser_message(error)) from error
+    return cli.model, cli.datamodule
+
+
+# ---- words
+@dataclass
+class Request:
+    """A command line's words, sorted.
+
+    Args:
+        words: for the parser; configuration files first, by full path.
+        name: of the experiment, where nothing else names it.
+        allow: packages that configurations may name classes of.
+    """
+
+    words: list[str]
+    name: str = "run"
+    allow: list[str] = field(default_factory=list)
+
+
+def read_words(words: Sequence[str]) -> Request:
+    """Finds configuration files by name, and puts them before the overrides whatever the order.
+
+    Raises:
+        UserError: a file is not found, or a word is missing.
+    """
+    configs: list[Path] = []
+    allow: list[str] = []
+    rest: list[str] = []
+    model = None
+    waiting = iter(words)
+    for word in waiting:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config", "-c", "--allow"):
+            value = value if equals else next(waiting, "")
+            if not value or value.startswith("--"):
+                _fail(f"{flag} needs a value")
+            if flag == "--allow":
+                allow += [name for name in value.split(",") if name]
+            else:
+                configs.append(recipes.find(value))
+            continue
+        rest.append(word)
+        if flag == "--model":
+            model = value if equals else next(waiting, "")
+            rest += [] if equals else [model]
+    name = "+".join(path.stem for path in configs) or (model or "run").rsplit(".", 1)[-1]
+    front = [word for path in configs for word in ("--config", str(path))]
+    return Request(front + rest, name, allow)
+
+
+def _dispatch(words: list[str], stack: ExitStack) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"poodle-lightning {poodle_lightning.__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb in TRAINING:
+        _train(verb, rest, stack)
+        return 0
+    known = commands.names()
+    if verb in known:
+        return _command(verb, known[verb], rest)
+    from poodle_lightning.messages import did_you_mean
+
+    _fail(f"no command {verb!r}{did_you_mean(verb, [*TRAINING, *known]) or ': see poodle-lightning --help'}")
+
+
+def usage() -> str:
+    """The list of verbs; imports none of them."""
+    lines = ["usage: poodle-lightning VERB [options]      (poodle-lightning VERB --help for the options)", ""]
+    rows = list(TRAINING.items()) + [
+        (verb, commands.help_of(module)) for verb, module in commands.names().items()
+    ]
+    lines += [f"  {verb:<16} {text}" for verb, text in rows]
+    lines += [
+        "",
+        "  --config FILE    a configuration; repeat it to layer files (`list` shows the shipped ones)",
+        "  --allow NAME     let configurations name classes of your own package NAME (also from this folder)",
+        "  --debug          show the traceback of an error",
+        "",
+        "  poodle-lightning fit --config experiment/quickstart.yaml --data.root my_videos/",
+    ]
+    return "\n".join(lines)
+
+
+# ---- training verbs
+def _train(verb: str, words: list[str], stack: ExitStack) -> None:
+    request = read_words(words)
+    stack.enter_context(_policy(request.allow))
+    from poodle_lightning.training import TrainingCLI
+
+    _import_classes()
+    _quieten_lightning()
+    command = ["poodle-lightning", verb, *words]
+    TrainingCLI([verb, *request.words], request.name, command=command, stack=stack)
+
+
+@contextmanager
+def _policy(allow: Sequence[str]) -> Iterator[None]:
+    """Lets configurations name classes of this package and of ``allow``, and of no other."""
+    from jsonargparse import set_parsing_settings
+
+    for name in allow:
+        if not all(part.isidentifier() for part in name.split(".")) or name.split(".")[0] == "jsonargparse":
+            _fail(f"--allow {name}: give the name of a package, such as my_methods")
+    # LightningCLI turns reading of remote files on when it is imported; a file here names files beside it
+    importlib.import_module("lightning.pytorch.cli")
+    set_parsing_settings(
+        config_read_mode_fsspec_enabled=False,
+        import_path_denylist=["*"],
+        import_path_allowlist=[*ALLOWED, *allow],
+    )
+    if allow and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in allow:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            _fail(f"--allow {name}: {error} (looked in this folder and in the environment)")
+    try:
+        yield
+    finally:
+        set_parsing_settings(import_path_denylist=list(allow))
+
+
+def _import_classes() -> None:
+    """Imports this package's classes, so that their short names are known."""
+    for room in _CLASSES:
+        package = importlib.import_module(f"poodle_lightning.{room}")
+        for info in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package.__name__}.{info.name}")
+
+
+# ---- other verbs
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def _command(verb: str, module: str, words: list[str]) -> int:
+    command = commands.load(module)
+    parser = _Parser(prog=f"poodle-lightning {verb}", description=command.HELP, allow_abbrev=False)
+    command.add_arguments(parser)
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        overrides = getattr(args, "overrides", None)
+        if not isinstance(overrides, list):
+            from poodle_lightning.messages import did_you_mean
+
+            known = [option for action in parser._actions for option in action.option_strings]
+            _fail(
+                f"{parser.prog}: no such option: {unknown[0]}{did_you_mean(unknown[0].split('=')[0], known)}"
+            )
+        overrides.extend(unknown)
+    return command.run(args, lambda configs, overrides: build(configs, overrides))
+
+
+# ---- what is said
+def _fail(message: str) -> NoReturn:
+    from poodle_lightning.types import UserError
+
+    raise UserError(message)
+
+
+def _explain(error: BaseException, debug: bool) -> int:
+    """Says what went wrong, in one line where the user can mend it; returns the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        _log.error("interrupted")
+        return 130
+    if isinstance(error, SystemExit):
+        if type(error).__name__ == "SIGTERMException":  # Lightning's own, outside of training, has no code
+            return 143
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    line = _line(error)
+    if line is None or debug:
+        text = "".join(traceback.format_exception(error)).rstrip()
+        _log.error("%s", text)
+    if line is None:
+        return 1
+    _log.error("%s", line)
+    return 2
+
+
+def _line(error: BaseException) -> str | None:
+    """The one line of an error that the user can mend, or None."""
+    from poodle_lightning.types import UserError
+
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    # raised while the parser makes an object, it is wrapped
+    error = next((cause for cause in causes if isinstance(cause, UserError)), error)
+    text = str(error).strip()
+    if isinstance(error, argparse.ArgumentError):
+        return _parser_message(error)
+    if isinstance(error, UserError):
+        # raised in a loader's worker, it arrives with that process's traceback as its text
+        last = text.splitlines()[-1] if text else type(error).__name__
+        return last.split("UserError: ", 1)[-1] if "Original Traceback" in text else " ".join(text.split())
+    if type(error).__name__ == "MisconfigurationException":
+        return " ".join(text.split())
+    if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
+        wrong = [" ".join(line.split()) for line in text.splitlines()[1:] if line.strip()]
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        what = wrong[0][:200] if wrong else text
+        return f"--ckpt_path: the checkpoint is of another architecture: {what}{more}"
+    return None
+
+
+def _parser_message(error: argparse.ArgumentError) -> str:
+    import inspect
+
+    from lightning import Trainer
+
+    from poodle_lightning.messages import one_line
+
+    top = [
+        "model",
+        "data",
+        "trainer",
+        "seed_everything",
+        "config",
+        "name",
+        "ckpt_path",
+        "allow",
+        "checkpoint",
+    ]
+    flags = [
+        *top,
+        *(f"trainer.{name}" for name in inspect.signature(Trainer.__init__).parameters if name != "self"),
+    ]
+    return one_line(str(error.message), flags)
+
+
+class _Format(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+@contextmanager
+def _speaking() -> Iterator[None]:
+    """Messages and warnings of the package on the terminal, one line each, until the command is done."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Format("%(message)s"))
+    before = (_log.level, _log.propagate)
+    first = (
+        int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
+        == 0
+    )
+    _log.addHandler(handler)
+    _log.setLevel(logging.INFO if first else logging.WARNING)
+    _log.propagate = False
+    try:
+        with warnings.catch_warnings():
+            _hush()
+            warnings.showwarning = _warn
+            yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
+
+
+def _quieten_lightning() -> None:
+    """Leaves out the advertisements among Lightning's messages."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return "Tip:" not in str(record.msg)
+
+    for name in ("lightning", "lightning.pytorch"):
+        for handler in logging.getLogger(name).handlers:
+            if not handler.filters:
+                handler.addFilter(wanted)
+
+
+def _hush() -> None:
+    for pattern in _NOISE:
+        warnings.filterwarnings("ignore", message=f"(?s){pattern}")
+
+
+def _warn(
+    message: Any, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    _log.warning("%s", " ".join(str(message).split()))

@@ -1,0 +1,211 @@
+"""When frames are taken: pairs, clips and windows, in seconds of one video.
+
+Every sampler has ``span``, the longest stretch of video it can need, and ``times(duration, key)``, which is a
+pure function of the video's duration and the item's random key. ``duration`` is the time of the last frame,
+so that a time drawn is always one that can be read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from poodle_lightning.ops.random import fold, uniform
+
+
+class TooShort(Exception):
+    """The video is shorter than what a sampler needs from it (the skip reason ``too_short``)."""
+
+    def __init__(self, duration: float, span: float) -> None:
+        super().__init__(f"{duration:.3f} s of video, {span:.3f} s are needed")
+
+
+class Sampler(Protocol):
+    """What the data set needs of a sampler."""
+
+    @property
+    def span(self) -> float:
+        """The longest stretch of video needed, seconds."""
+        ...
+
+    def times(self, duration: float, key: Tensor) -> list[float]:
+        """Times of the frames, seconds in ``[0, duration]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PairSampler:
+    """Two frames a random gap apart.
+
+    Several pairs from one opened video share the decoded stretch (repeated sampling): their first frames lie
+    at equal steps within ``spread`` of the first pair's, each with a gap of its own, so that further pairs
+    cost little beyond their pixels.
+
+    Args:
+        gap: shortest and longest time between the two frames, seconds. PooDLe on BDD100K: 15 to 30 frames at
+            30 frames a second. ``(0, 0)`` is one frame seen twice.
+        jitter: for a gap of 0 only: how far the second crop window may lie from the first, as a fraction of
+            the crop's size. Unused otherwise: both windows are then the same.
+        pairs_per_video: pairs from one opened video.
+        spread: seconds over which the pairs of one video begin.
+
+    Raises:
+        ValueError: the gap is negative or reversed, or there are no pairs.
+    """
+
+    gap: tuple[float, float] = (0.5, 1.0)
+    jitter: float = 0.1
+    pairs_per_video: int = 1
+    spread: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = self.gap
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(f"gap must be (shortest, longest) seconds ≥ 0, not {self.gap}")
+        if self.pairs_per_video < 1:
+            raise ValueError(f"pairs_per_video must be at least 1, not {self.pairs_per_video}")
+        if self.jitter < 0 or self.spread < 0:
+            raise ValueError(f"jitter and spread must be ≥ 0, not {self.jitter} and {self.spread}")
+
+    @property
+    def span(self) -> float:
+        """The longest gap and the way from the first pair's start to the last's, seconds."""
+        return self.gap[1] + self._step * (self.pairs_per_video - 1)
+
+    @property
+    def _step(self) -> float:
+        return self.spread / self.pairs_per_video
+
+    def times(self, duration: float, key: Tensor) -> list[float]:
+        """``[a₀, b₀, a₁, b₁, …]`` seconds, two per pair.
+
+        Args:
+            duration: time of the video's last frame, seconds.
+            key: ``()`` or ``(1,)`` int64.
+
+        Raises:
+            TooShort: the duration is less than ``span``.
+        """
+        start = _start(duration, self.span, key)
+        low, high = self.gap
+        gaps = _draw(key, "gap", self.pairs_per_video)
+        found = []
+        for number, share in enumerate(gaps):
+            first = start + number * self._step
+            found += [first, min(first + low + (high - low) * share, duration)]
+        return found
+
+
+@dataclass(frozen=True)
+class ClipSampler:
+    """``frames`` frames, ``step`` seconds apart, from a random start.
+
+    Raises:
+        ValueError: no frames, or a step that is not positive.
+    """
+
+    frames: int
+    step: float
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or not 0 < self.step < math.inf:
+            raise ValueError(f"a clip needs frames ≥ 1 and step > 0, not {self.frames} and {self.step}")
+
+    @property
+    def span(self) -> float:
+        """Seconds from the first frame to the last."""
+        return self.step * (self.frames - 1)
+
+    def times(self, duration: float, key: Tensor) -> list[float]:
+        """Times of the frames, seconds, increasing.
+
+        Raises:
+            TooShort: the duration is less than ``span``.
+        """
+        start = _start(duration, self.span, key)
+        return [min(start + self.step * k, duration) for k in range(self.frames)]
+
+
+@dataclass(frozen=True)
+class WindowSampler:
+    """``frames`` frames at independent uniform times of a window of ``seconds`` at a random place.
+
+    Raises:
+        ValueError: no frames, or a window that is negative.
+    """
+
+    frames: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or not 0 <= self.seconds < math.inf:
+            raise ValueError(
+                f"a window needs frames ≥ 1 and seconds ≥ 0, not {self.frames} and {self.seconds}"
+            )
+
+    @property
+    def span(self) -> float:
+        """Length of the window, seconds."""
+        return self.seconds
+
+    def times(self, duration: float, key: Tensor) -> list[float]:
+        """Times of the frames, seconds, increasing.
+
+        Raises:
+            TooShort: the duration is less than ``span``.
+        """
+        start = _start(duration, self.span, key)
+        shares = sorted(_draw(key, "frames", self.frames))
+        return [min(start + self.seconds * share, duration) for share in shares]
+
+
+class Timed(Protocol):
+    """Anything with a duration: a ``VideoInfo`` is one."""
+
+    @property
+    def duration(self) -> float:
+        """Time of the last frame, seconds."""
+        ...
+
+
+def split_long(videos: Sequence[Timed], seconds: float = 10.0) -> list[tuple[int, float, float]]:
+    """Cut long videos into clips, so that an hour of film is sampled as often as an hour of short ones.
+
+    Args:
+        videos: with durations.
+        seconds: length of a clip.
+
+    Returns:
+        ``(video number, start, stop)`` in order. All clips of a video are ``seconds`` long but for the last:
+        a rest of at least half that is a clip, a shorter one belongs to the clip before it. A video without
+        length (a single frame) is one clip.
+
+    Raises:
+        ValueError: the length is not positive.
+    """
+    if not seconds > 0:
+        raise ValueError(f"clips must be longer than 0 s, not {seconds}")
+    clips = []
+    for number, video in enumerate(videos):
+        count = max(1, math.floor(video.duration / seconds + 0.5))
+        edges = [k * seconds for k in range(count)] + [video.duration]
+        clips += [(number, edges[k], edges[k + 1]) for k in range(count)]
+    return clips
+
+
+def _start(duration: float, span: float, key: Tensor) -> float:
+    """A uniform start that leaves room for ``span``."""
+    if duration < span:
+        raise TooShort(duration, span)
+    return (duration - span) * _draw(key, "start", 1)[0]
+
+
+def _draw(key: Tensor, label: str, count: int) -> list[float]:
+    """Numbers in [0, 1) in double precision: a float32 second in an hour of film is off by a tick."""
+    numbers: list[float] = uniform(fold(key.reshape(1), label), count, dtype=torch.float64)[0].tolist()
+    return numbers

@@ -1,0 +1,341 @@
+"""The data module that all methods share: videos on disk, or generated ones, to batches of clips."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+
+from poodle_lightning.data.clips import ClipDataset, Exhausted, PixelFlow, collate
+from poodle_lightning.data.frames import FramesSource
+from poodle_lightning.data.order import ClipLoader, Order, RequestSampler
+from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
+from poodle_lightning.data.skips import Ledger
+from poodle_lightning.data.sources import BDD100KSource, Entry, FolderSource, Source, WalkingToursSource
+from poodle_lightning.data.split import held_out, long_enough, segments
+from poodle_lightning.data.streets import StreetSet, SyntheticSource
+from poodle_lightning.data.windows import WindowRule
+from poodle_lightning.ops.geometry import Size
+from poodle_lightning.types import Clip, Skip, UserError
+
+SourceName = Literal["folder", "bdd100k", "walking_tours", "frames", "synthetic"]
+# Held-out clips are drawn as if in an epoch that training never reaches.
+HELD_OUT_EPOCH = -1
+
+
+class VideoDataModule(L.LightningDataModule):
+    """Clips for pretraining, from any of the sources in ``poodle_lightning.data.sources``.
+
+    An epoch takes every training video once (``repeats`` times), in an order that is a function of the seed
+    and the epoch; the rest that does not fill a batch on all devices is left out, another rest in every
+    epoch. A data set smaller than one batch on all devices is gone through several times per epoch. Training
+    can stop and go on at any batch; nothing depends on the number of workers.
+
+    Held-out clips come from ``val_fraction`` of the videos (at least one, chosen by the seed), with moments
+    and windows that never change. A single video is held out in time: its end is for validation.
+
+    Args:
+        source: where the videos come from; see ``poodle_lightning.data.sources`` for the layouts.
+        root: the folder; not for ``synthetic``.
+        split: of ``bdd100k``.
+        city: of ``walking_tours``, or ``all``.
+        rate: images per second, of ``frames``.
+        synthetic: what to generate.
+        size: height and width of the training crop, px.
+        gap: shortest and longest time between the frames of a pair, s. ``(0, 0)`` is one frame seen twice.
+        pairs_per_video: pairs from one opened video; they stand one after the other in the batch.
+        jitter: for a gap of 0: how far the second window lies from the first, as a share of its size.
+        sampler: draws the moments instead of ``gap`` and ``pairs_per_video``.
+        clip_seconds: cut longer videos into stretches of this length, each of which counts as a video
+            (Walking Tours: 10 s).
+        scale: the frame is resized to ``reference · U(scale)``, then cropped at random.
+        area: or the window covers a share U(area) of the frame. Default: the share of PooDLe on BDD100K.
+        reference: height and width that ``scale`` refers to; None is the video's own size.
+        antialias: average raw pixels where a window shrinks by 2 or more.
+        batch_size: clips per device and step.
+        num_workers: processes that read videos.
+        seed: of the order and of all draws; None is 0, or ``seed_everything`` on the command line.
+        val_fraction: share of the videos that is held out; 0 holds out none.
+        repeats: how often an epoch takes each video (PooDLe on Venice: 75).
+        flow: an estimator that runs in the workers, e.g. ``poodle_lightning.flow.dis.DIS``.
+        exact: take flow and labels from sources that know them.
+        max_skip_fraction: the largest share of training requests that may fail; see ``data.skips``.
+
+    Raises:
+        UserError: the settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        source: SourceName = "folder",
+        root: str | None = None,
+        *,
+        split: str = "train",
+        city: str = "venice",
+        rate: float = 10.0,
+        synthetic: StreetSet | None = None,
+        size: tuple[int, int] = (512, 1024),
+        gap: tuple[float, float] = (0.5, 1.0),
+        pairs_per_video: int = 1,
+        jitter: float = 0.1,
+        sampler: PairSampler | ClipSampler | WindowSampler | None = None,
+        clip_seconds: float | None = None,
+        scale: tuple[float, float] | None = None,
+        area: tuple[float, float] | None = None,
+        reference: tuple[int, int] | None = (1080, 1920),
+        antialias: bool = False,
+        batch_size: int = 4,
+        num_workers: int = 2,
+        seed: int | None = None,
+        val_fraction: float = 0.05,
+        repeats: int = 1,
+        flow: PixelFlow | None = None,
+        exact: bool = True,
+        max_skip_fraction: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.source_name, self.root = source, root
+        self.split, self.city, self.rate, self.synthetic = split, city, rate, synthetic
+        self.rule = WindowRule(_pair(size), scale, area, reference and _pair(reference), antialias)
+        self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video)
+        self.clip_seconds, self.batch_size, self.num_workers = clip_seconds, batch_size, num_workers
+        self.seed, self.val_fraction, self.repeats = seed or 0, val_fraction, repeats
+        self.flow, self.exact = flow, exact
+        self.ledger = Ledger(max_skip_fraction)
+        self.source: Source | None = None
+        self.train_entries: list[Entry] = []
+        self.val_entries: list[Entry] = []
+        self._too_short: tuple[Skip, ...] = ()
+        self._resumed_order: dict[str, int] | None = None
+        self._check()
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the training crop, px."""
+        return self.rule.size
+
+    @property
+    def clips_per_video(self) -> int:
+        """Clips from one opened video."""
+        return int(getattr(self.sampler, "pairs_per_video", 1))
+
+    # ---- what there is
+    def prepare_data(self) -> None:
+        """Measure the videos once per machine; the other processes read the cached index."""
+        self.source = self.source or self._open_source()
+
+    def setup(self, stage: str | None = None) -> None:
+        """List the videos and hold some out.
+
+        Raises:
+            UserError: the folder is missing, or has no usable video.
+        """
+        self.source = self.source or self._open_source()
+        if not self.train_entries:
+            usable, self._too_short = long_enough(self.source.entries, self.sampler.span)
+            if not usable:
+                raise UserError(
+                    f"{self.root or self.source_name}: none of {len(self.source.entries)} videos lasts the"
+                    f" {self.sampler.span:g} s that a clip needs: use a smaller gap or longer videos"
+                )
+            train, val = held_out(usable, self.val_fraction, self.sampler.span, self.seed)
+            if self.clip_seconds is not None:
+                train, val = (segments(part, self.clip_seconds, self.sampler.span) for part in (train, val))
+            self.train_entries, self.val_entries = train, val
+        if self.trainer is not None:
+            # processes started apart (torchrun, srun) know the run's folder only from the first of them
+            folder = self.trainer.strategy.broadcast(self.trainer.default_root_dir)
+            self.ledger.open(folder, self.trainer.global_rank)
+            self.ledger.refused((*self.source.refused, *self._too_short))
+
+    # ---- loaders
+    def train_dataloader(self) -> ClipLoader:
+        """Batches of ``batch_size`` clips; starts where training stands."""
+        groups = self.batch_size // self.clips_per_video * self._world
+        videos = len(self.train_entries)
+        passes = max(self.repeats, -(-groups // videos))
+        order = Order(videos, passes, videos * passes // groups * groups, self._world, self.seed)
+        return self._loader(
+            self.train_entries, order, RequestSampler(order, self._rank), consumed=self._consumed
+        )
+
+    def val_dataloader(self) -> ClipLoader | list[Any]:
+        """The same held-out clips every time, at least a batch per device; ``[]`` if none are held out."""
+        if not self.val_entries:
+            # asked for, so nothing to warn of
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
+        groups = self.batch_size // self.clips_per_video * self._world
+        videos = len(self.val_entries)
+        passes = -(-groups // videos)
+        length = -(-videos * passes // self._world) * self._world
+        order = Order(videos, passes, length, self._world, self.seed, shuffle=False)
+        return self._loader(self.val_entries, order, RequestSampler(order, self._rank, HELD_OUT_EPOCH))
+
+    def _loader(
+        self, entries: Sequence[Entry], order: Order, requests: RequestSampler, **kwargs: Any
+    ) -> ClipLoader:
+        assert self.source is not None
+        data = ClipDataset(
+            self.source,
+            entries,
+            order,
+            self.sampler,
+            self.rule,
+            seed=self.seed,
+            repeats=self.clips_per_video,
+            jitter=getattr(self.sampler, "jitter", None),
+            flow=self.flow,
+            exact=self.exact,
+        )
+        return ClipLoader(
+            data,
+            batch_size=self.batch_size // self.clips_per_video,
+            sampler=requests,
+            collate_fn=partial(collate, size=self.size),
+            check=self._check_batch,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=single_thread,
+            pin_memory=torch.cuda.is_available(),
+            # its own generator: making an iterator must not advance the global one
+            generator=torch.Generator().manual_seed(self.seed),
+            **kwargs,
+        )
+
+    # ---- counting
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Counts what was used and skipped; here, because only batches that are used pass."""
+        trainer = self.trainer
+        if isinstance(batch, Clip) and trainer is not None:
+            place = (trainer.current_epoch, trainer.global_step)
+            if trainer.training:
+                self.ledger.train(len(batch) // self.clips_per_video, batch.skipped, *place)
+            else:
+                self.ledger.held_out(batch.skipped, *place)
+        return batch
+
+    def teardown(self, stage: str) -> None:
+        """Write the last epoch's sums."""
+        if stage == "fit":
+            self.ledger.sum_up()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Write the sums of the epoch that broke off."""
+        self.ledger.sum_up()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts so far, and what the order depends on, as plain data."""
+        return {"ledger": self.ledger.state_dict(self._processed()), "order": self._order_facts()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting; remembers the order for a check when the epoch goes on."""
+        self.ledger.load_state_dict(state_dict["ledger"])
+        self._resumed_order = state_dict["order"]
+
+    def _order_facts(self) -> dict[str, int]:
+        return {
+            "videos": len(self.train_entries),
+            "repeats": self.repeats,
+            "clips per step": self.batch_size * self._world,
+            "seed": self.seed,
+        }
+
+    def _consumed(self) -> int:
+        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
+        trainer = self.trainer
+        if trainer is None or not trainer.training:
+            return 0
+        consumed = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        before, now = self._resumed_order, self._order_facts()
+        if consumed and before is not None and before != now:
+            changed = ", ".join(
+                f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]
+            )
+            rank_zero_warn(
+                f"the epoch cannot go on as it began ({changed}): its rest is taken from a new order"
+            )
+        self._resumed_order = None
+        return consumed
+
+    def _processed(self) -> int | None:
+        trainer = self.trainer
+        if trainer is None:
+            return None
+        total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(total.processed)
+
+    def _check_batch(self, batch: Any) -> None:
+        if isinstance(batch, Exhausted):
+            raise self.ledger.exhausted(batch.skipped)
+
+    # ---- settings
+    @property
+    def _world(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _open_source(self) -> Source:
+        if self.source_name == "synthetic":
+            return SyntheticSource(self.synthetic or StreetSet())
+        assert self.root is not None
+        if self.source_name == "bdd100k":
+            return BDD100KSource(self.root, self.split, self.num_workers)
+        if self.source_name == "walking_tours":
+            return WalkingToursSource(self.root, self.city, self.num_workers)
+        if self.source_name == "frames":
+            return FramesSource(self.root, self.rate)
+        return FolderSource(self.root, workers=self.num_workers)
+
+    def _check(self) -> None:
+        if self.source_name != "synthetic" and self.root is None:
+            raise UserError(f"source {self.source_name} needs a folder: give --data.root")
+        if self.batch_size < 1 or self.batch_size % self.clips_per_video:
+            raise UserError(
+                f"batch_size {self.batch_size} must be a multiple of pairs_per_video {self.clips_per_video}"
+            )
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(
+                f"val_fraction {self.val_fraction}: give a share of the videos, from 0 to below 1"
+            )
+        if self.repeats < 1 or self.num_workers < 0:
+            raise UserError(
+                f"repeats {self.repeats} must be at least 1, num_workers {self.num_workers} at least 0"
+            )
+        if self.clip_seconds is not None and self.clip_seconds < self.sampler.span:
+            raise UserError(
+                f"clip_seconds {self.clip_seconds:g} is less than a clip needs ({self.sampler.span:g} s)"
+            )
+        if self.flow is not None and not isinstance(self.sampler, PairSampler):
+            raise UserError(f"flow is between two frames: a {type(self.sampler).__name__} draws no pairs")
+
+
+def single_thread(worker: int) -> None:
+    """One thread per worker: parallel over videos, never within one."""
+    import cv2
+
+    torch.set_num_threads(1)
+    # 0 runs everything in the caller. 1 would join the pool's threads, which a fork does not copy: it hangs
+    # for ever when the parent has used OpenCV
+    cv2.setNumThreads(0)
+
+
+def _pair(size: Sequence[int]) -> Size:
+    return int(size[0]), int(size[1])
+
+
+def _sampler(given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int) -> Sampler:
+    if given is not None:
+        return given
+    try:
+        return PairSampler((float(gap[0]), float(gap[1])), jitter, pairs)
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,73 @@
+import logging
+import time
+
+import lightning as L
+import pytest
+import torch
+from tiny_models import make_clip
+
+from poodle_lightning.callbacks.metrics_file import MetricsFile
+from poodle_lightning.callbacks.throughput import Throughput, clips_in
+
+
+class Slow(torch.utils.data.Dataset):
+    """Takes its time; so does the model."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        time.sleep(0.03)
+        return torch.ones(4)
+
+
+class Model(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        time.sleep(0.03)
+        return self.net(batch).mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.fixture
+def trained(tmp_path, caplog):
+    throughput = Throughput(print_every=0.0)
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=2, log_every_n_steps=3,
+        logger=MetricsFile(tmp_path), enable_progress_bar=False, enable_checkpointing=False,
+        callbacks=[throughput], enable_model_summary=False,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, logger="poodle_lightning"):
+        trainer.fit(Model(), torch.utils.data.DataLoader(Slow(), batch_size=2))
+    return throughput, tmp_path, caplog
+
+
+def test_rate_and_wait_are_those_of_the_clock(trained):
+    _, folder, _ = trained
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
+    assert [row["step"] for row in rows] == ["2", "5"]
+    # two items of 30 ms each and a step of 30 ms: two thirds waiting, 2 clips per 90 ms at best
+    for row in rows:
+        assert 0.4 < float(row["perf/data_wait"]) < 0.85
+        assert 4.0 < float(row["perf/pairs_per_s"]) <= 2 / 0.09 * 1.01
+
+
+def test_a_line_says_what_is_left(trained):
+    throughput, _, caplog = trained
+    said = [record.getMessage() for record in caplog.get_records("setup")]
+    assert any("step 3/6" in line and "pairs/s" in line for line in said)
+    assert throughput.latest["eta_s"] == 0.0
+    assert set(throughput.words()) == {"loss", "pairs/s", "data wait", "ETA"}
+
+
+def test_clips_are_counted_in_any_batch():
+    assert clips_in(make_clip(batch=3)) == 3
+    assert clips_in([torch.ones(5, 2), torch.ones(7)]) == 5
+    assert clips_in({"a": torch.ones(4)}) == 4

@@ -1,0 +1,108 @@
+"""The writer: what PyAV reads back, and what is refused."""
+
+import av
+import numpy as np
+import pytest
+
+from poodle_lightning.data.encode import write_video
+
+
+def frames(count=10, height=32, width=48):
+    ramp = np.linspace(0, 200, width)[None, :, None] + np.linspace(0, 50, height)[:, None, None]
+    return [np.repeat(np.roll(ramp, 2 * k, 1), 3, 2).astype(np.uint8) for k in range(count)]
+
+
+def read(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        decoded = list(container.decode(stream))
+        times = [float(f.pts * stream.time_base) for f in decoded]
+        return times, np.stack([f.to_ndarray(format="rgb24") for f in decoded]), decoded
+
+
+def test_round_trip(tmp_path):
+    images = frames()
+    write_video(tmp_path / "a.mp4", iter(images), 25, crf=10)
+    times, pixels, _ = read(tmp_path / "a.mp4")
+    np.testing.assert_allclose(times, np.arange(10) / 25, atol=1e-6)
+    error = (pixels.astype(float) - np.stack(images)) ** 2
+    assert 10 * np.log10(255**2 / error.mean()) > 35
+
+
+def test_lossless_samples(tmp_path):
+    images = frames()
+    write_video(tmp_path / "a.mp4", images, 25, crf=0, pix_fmt="yuv444p")
+    expected = [
+        av.VideoFrame.from_ndarray(i, "rgb24").reformat(format="yuv444p").to_ndarray() for i in images
+    ]
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        np.testing.assert_array_equal([f.to_ndarray() for f in container.decode(video=0)], expected)
+
+
+@pytest.mark.parametrize("gop", [1, 4])
+def test_key_frames_are_gop_apart(tmp_path, gop):
+    write_video(tmp_path / "a.mp4", frames(12), 25, gop=gop)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        keys = [
+            round(float(p.pts * p.time_base) * 25)
+            for p in container.demux(video=0)
+            if p.size and p.is_keyframe
+        ]
+    assert keys == list(range(0, 12, gop))
+
+
+def test_times_of_a_variable_rate(tmp_path):
+    wanted = [0.0, 0.1, 0.101, 0.5, 2.0]
+    write_video(tmp_path / "a.mp4", frames(5), 25, times=wanted)
+    np.testing.assert_allclose(read(tmp_path / "a.mp4")[0], wanted, atol=1e-4)
+
+
+def test_fractional_rate(tmp_path):
+    write_video(tmp_path / "a.mp4", frames(10), 30000 / 1001)
+    assert read(tmp_path / "a.mp4")[0][9] == pytest.approx(9 * 1001 / 30000, abs=1e-4)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_rotation_is_written(tmp_path, rotation):
+    write_video(tmp_path / "a.mp4", frames(2), 25, rotation=rotation)
+    assert read(tmp_path / "a.mp4")[2][0].rotation % 360 == rotation
+
+
+def broken():
+    yield from frames(3)
+    raise RuntimeError("the source failed")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "words"),
+    [
+        (lambda: [], {}, ValueError, "no frames"),
+        (lambda: [np.zeros((8, 8), np.uint8)], {}, ValueError, "H, W, 3"),
+        (lambda: [np.zeros((8, 8, 3), np.float32)], {}, ValueError, "uint8"),
+        (lambda: frames(1) + frames(1, 16), {}, ValueError, "frame 1"),
+        (lambda: frames(1, 31, 48), {}, ValueError, "yuv444p"),
+        (lambda: frames(3), {"times": [0.0, 1.0]}, ValueError, "2 times"),
+        (lambda: frames(2), {"times": [0.0, 0.0]}, ValueError, "increase"),
+        (broken, {}, RuntimeError, "failed"),
+    ],
+)
+def test_failures_leave_nothing_behind(tmp_path, make, options, error, words):
+    (tmp_path / "a.mp4").write_bytes(b"the old one")
+    with pytest.raises(error, match=words):
+        write_video(tmp_path / "a.mp4", make(), 25, **options)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"the old one"
+
+
+def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"the old one")
+    with open(tmp_path / "a.mp4", "rb") as old:
+        write_video(tmp_path / "a.mp4", frames(2), 25)
+        assert old.read() == b"the old one"
+    assert len(read(tmp_path / "a.mp4")[0]) == 2
+
+
+def test_odd_names(tmp_path):
+    for name in ("two words.mp4", "ünï 名.mp4", "http:x.mp4", "y" * 251 + ".mp4"):
+        write_video(tmp_path / name, frames(2), 25)
+        assert (tmp_path / name).stat().st_size > 500

@@ -1,0 +1,122 @@
+"""When frames are taken: limits, distribution, dependence on the key alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import kstest
+
+from poodle_lightning.data.sampling import ClipSampler, PairSampler, TooShort, WindowSampler, split_long
+from poodle_lightning.ops.random import key_of
+
+SAMPLERS = [
+    PairSampler(),
+    PairSampler(gap=(0.0, 0.0)),
+    PairSampler(gap=(0.2, 0.8), pairs_per_video=4),
+    ClipSampler(frames=8, step=0.1),
+    ClipSampler(frames=1, step=0.1),
+    WindowSampler(frames=4, seconds=1.5),
+]
+
+
+def draw(sampler, duration, count=400):
+    return np.array([sampler.times(duration, key_of(0, "test", k)) for k in range(count)])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+@pytest.mark.parametrize("slack", [0.0, 1e-9, 3.0])
+def test_times_lie_within_the_video_and_within_the_span(sampler, slack):
+    duration = sampler.span + slack
+    times = draw(sampler, duration, 100)
+    assert times.min() >= 0
+    assert times.max() <= duration
+    assert np.ptp(times, axis=1).max() <= sampler.span + 1e-12
+
+
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s.span > 0], ids=repr)
+def test_too_short(sampler):
+    with pytest.raises(TooShort, match="needed"):
+        sampler.times(sampler.span * 0.99, key_of(0))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=repr)
+def test_the_key_decides(sampler):
+    key = key_of(3, 1, 4)
+    assert sampler.times(10.0, key) == sampler.times(10.0, key.reshape(1))
+    assert sampler.times(10.0, key) != sampler.times(10.0, key_of(3, 1, 5))
+    torch.manual_seed(0)
+    again = sampler.times(10.0, key)
+    torch.manual_seed(1)
+    assert again == sampler.times(10.0, key)
+
+
+def test_pairs_are_uniform_in_start_and_gap():
+    first, second = draw(PairSampler(gap=(0.5, 1.0)), 21.0, 2000).T
+    assert kstest(second - first, "uniform", args=(0.5, 0.5)).pvalue > 1e-3
+    assert kstest(first, "uniform", args=(0.0, 20.0)).pvalue > 1e-3
+    assert abs(np.corrcoef(first, second - first)[0, 1]) < 0.1
+
+
+def test_gap_of_zero_is_one_frame_twice():
+    first, second = draw(PairSampler(gap=(0.0, 0.0)), 5.0).T
+    np.testing.assert_array_equal(first, second)
+
+
+def test_several_pairs_share_a_stretch():
+    sampler = PairSampler(gap=(0.5, 1.0), pairs_per_video=4, spread=0.5)
+    times = draw(sampler, 60.0, 50).reshape(50, 4, 2)
+    np.testing.assert_allclose(np.diff(times[:, :, 0], axis=1), 0.125, atol=1e-9)
+    gaps = times[:, :, 1] - times[:, :, 0]
+    assert gaps.min() >= 0.5 - 1e-9
+    assert gaps.max() <= 1.0 + 1e-9
+    assert gaps.std(axis=1).min() > 0.001
+    assert sampler.span == pytest.approx(1.375)
+
+
+def test_clip_steps():
+    times = draw(ClipSampler(frames=8, step=0.1), 10.0, 50)
+    np.testing.assert_allclose(np.diff(times, axis=1), 0.1, atol=1e-9)
+
+
+def test_window_frames_are_sorted_and_uniform():
+    times = draw(WindowSampler(frames=1, seconds=5.0), 5.0, 2000)
+    assert kstest(times[:, 0], "uniform", args=(0.0, 5.0)).pvalue > 1e-3
+    assert (np.diff(draw(WindowSampler(frames=5, seconds=2.0), 9.0), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: PairSampler(gap=(1.0, 0.5)),
+        lambda: PairSampler(gap=(-0.1, 0.5)),
+        lambda: PairSampler(gap=(0.5, float("inf"))),
+        lambda: PairSampler(pairs_per_video=0),
+        lambda: PairSampler(jitter=-1.0),
+        lambda: ClipSampler(frames=0, step=0.1),
+        lambda: ClipSampler(frames=2, step=0.0),
+        lambda: WindowSampler(frames=0, seconds=1.0),
+        lambda: WindowSampler(frames=2, seconds=-1.0),
+        lambda: split_long([], seconds=0.0),
+    ],
+)
+def test_senseless_settings(make):
+    with pytest.raises(ValueError, match="not"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("duration", "expected"),
+    [
+        (0.0, [(0.0, 0.0)]),
+        (4.0, [(0.0, 4.0)]),
+        (10.0, [(0.0, 10.0)]),
+        (14.0, [(0.0, 14.0)]),
+        (16.0, [(0.0, 10.0), (10.0, 16.0)]),
+        (30.0, [(0.0, 10.0), (10.0, 20.0), (20.0, 30.0)]),
+        (34.0, [(0.0, 10.0), (10.0, 20.0), (20.0, 34.0)]),
+    ],
+)
+def test_long_videos_are_cut(duration, expected):
+    videos = [SimpleNamespace(duration=1.0), SimpleNamespace(duration=duration)]
+    assert split_long(videos) == [(0, 0.0, 1.0)] + [(1, a, b) for a, b in expected]

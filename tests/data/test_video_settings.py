@@ -1,0 +1,126 @@
+"""What the data module accepts, what it refuses, and what comes out of it without a trainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from poodle_lightning.data.sampling import ClipSampler
+from poodle_lightning.data.streets import StreetSet
+from poodle_lightning.data.video import VideoDataModule, single_thread
+from poodle_lightning.flow.dis import DIS
+from poodle_lightning.types import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven videos of 12 smooth images at 10 per second."""
+    root = tmp_path_factory.mktemp("frames")
+    for video in range(7):
+        (root / f"video{video}").mkdir()
+        coarse = np.random.default_rng(video).integers(0, 256, (5, 8, 3), dtype=np.uint8)
+        for number in range(12):
+            picture = Image.fromarray(np.roll(coarse, number, axis=1)).resize(
+                (80, 50), Image.Resampling.BICUBIC
+            )
+            picture.save(root / f"video{video}" / f"{number}.png")
+    return root
+
+
+def module(folder, **changes):
+    settings = {"source": "frames", "root": str(folder), "size": (8, 16), "gap": (0.2, 0.4)}
+    return VideoDataModule(**(settings | {"num_workers": 0, "batch_size": 2, "val_fraction": 0.0} | changes))
+
+
+def test_synthetic_streets_bring_flow_and_labels(tmp_path):
+    streets = StreetSet(videos=3, seconds=2.0, size=(48, 96), supersample=1)
+    data = VideoDataModule(
+        "synthetic", synthetic=streets, size=(24, 48), area=(0.3, 0.6), batch_size=2, num_workers=0
+    )
+    data.setup("fit")
+    clip = next(iter(data.train_dataloader()))
+    flow, present = clip.given_flow()
+    assert present.all()
+    assert flow.size == (24, 48)
+    assert clip.unit_labels().shape == (2, 2, 24, 48)
+    assert int(clip.unit_labels().max()) < 19
+
+
+def test_many_frames_need_no_pair(folder):
+    data = module(folder, sampler=ClipSampler(3, 0.2), size=(8, 8))
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).frames.shape[:3] == (2, 3, 3)
+
+
+def test_an_estimator_runs_in_the_worker_on_stored_pixels(folder):
+    data = module(folder, size=(24, 48), area=(0.4, 0.9), flow=DIS("ultrafast"), num_workers=1)
+    data.setup("fit")
+    clip = next(iter(data.train_dataloader()))
+    assert clip.flow.shape == (2, 2, 2, *clip.frames.shape[-2:])
+    for row in range(2):
+        # where nothing was padded, it is the estimate of the stored pixels themselves
+        first, second = clip.frames[row].permute(0, 2, 3, 1).numpy()
+        alone = data.train_dataloader().dataset[(0, row)].items
+        height, width = alone[0].frames.shape[-2:]
+        expected = DIS("ultrafast").pixels(first[:height, :width].copy(), second[:height, :width].copy())
+        np.testing.assert_allclose(clip.flow[row, ..., :height, :width].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are not forked here")
+def test_a_forked_worker_does_not_wait_for_opencvs_threads():
+    picture = np.random.default_rng(0).integers(0, 256, (300, 400), dtype=np.uint8)
+    moved = np.roll(picture, 2, axis=1)
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(4)
+    cv2.DISOpticalFlow.create(1).calc(picture, moved, None)  # the threads exist now, but not in a fork
+    ends = []
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(5)  # ends a child that hangs
+            single_thread(0)
+            cv2.DISOpticalFlow.create(1).calc(picture, moved, None)
+            os._exit(0)
+        ends.append(os.waitpid(child, 0)[1])
+    cv2.setNumThreads(before)
+    assert ends == [0] * 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"root": None}, "needs a folder: give --data.root"),
+        ({"batch_size": 3, "pairs_per_video": 2}, "multiple of pairs_per_video"),
+        ({"val_fraction": 1.0}, "val_fraction"),
+        ({"repeats": 0}, "repeats"),
+        ({"gap": (1.0, 0.5)}, "gap"),
+        ({"clip_seconds": 0.1}, "clip_seconds"),
+        ({"max_skip_fraction": 2.0}, "max_skip_fraction"),
+        ({"flow": object(), "sampler": ClipSampler(3, 0.2)}, "draws no pairs"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(folder, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        module(folder, **changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"root": "/nowhere"}, "no such folder"),
+        ({"source": "folder", "root": "/nowhere"}, "/nowhere"),
+        ({"source": "bdd100k"}, "not laid out as BDD100K"),
+        ({"source": "walking_tours", "city": "paris"}, "city 'paris'"),
+        ({"gap": (5.0, 6.0)}, "none of 7 videos lasts the 6 s"),
+    ],
+)
+def test_missing_data_are_named_in_one_line(folder, changes, message):
+    with pytest.raises(UserError, match=message) as caught:
+        module(folder, **changes).setup("fit")
+    assert "\n" not in str(caught.value)
