@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from poodle_lightning.ops.geometry import Affine, Chain, Flow, Size, island, pull
 
-# Above this many values per branch the dense loss works in chunks of rows and keeps none of them (64 MB).
+# Above this many values per branch the dense loss works in chunks of rows and keeps none of them. Chunks that
+# fit a CPU's cache are faster and smaller there (benchmarks/dense_loss.py); a GPU wants few launches.
 CHUNK_VALUES = 1 << 24
+CPU_CHUNK_VALUES = 1 << 20
+# Product of two squared lengths below which vectors count as zero.
+_SHORTEST = 1e-24
 
 
 def cosine_distance(p: Tensor, z: Tensor, dim: int = 1) -> Tensor:
@@ -20,8 +23,10 @@ def cosine_distance(p: Tensor, z: Tensor, dim: int = 1) -> Tensor:
     """
     with island(p.device.type):
         wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-        cosine = (F.normalize(p.to(wide), dim=dim) * F.normalize(z.to(wide), dim=dim)).sum(dim)
-        return 2.0 - 2.0 * cosine
+        p, z = p.to(wide), z.to(wide)
+        # unit vectors are never written down: three sums in place of two normalised copies
+        lengths = (p.square().sum(dim) * z.square().sum(dim)).clamp_min(_SHORTEST).sqrt()
+        return 2.0 - 2.0 * (p * z).sum(dim) / lengths
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -67,7 +72,8 @@ def warped_distance(
         Scalar.
     """
     height, width = size
-    rows = max(1, min(height, CHUNK_VALUES // max(1, len(p) * p.shape[1] * width)))
+    values = CPU_CHUNK_VALUES if p.device.type == "cpu" else CHUNK_VALUES
+    rows = max(1, min(height, values // max(1, len(p) * p.shape[1] * width)))
     if rows >= height:
         return _mean_of_sums(*_distance_rows(p, to_p, z, to_z, size, visible, slice(0, height)))
     total = count = torch.zeros((), device=p.device)

@@ -72,7 +72,7 @@ class Method(L.LightningModule, Configured):
 
     # ---- optimisation
     def setup(self, stage: str) -> None:
-        """Channels last: convolutions run up to twice as fast (``benchmarks/step.py``). Before DDP wraps."""
+        """Channels last: convolutions run faster so (``benchmarks/step.py``). Before DDP wraps."""
         self.to(memory_format=torch.channels_last)
 
     def configure_optimizers(self) -> Optimizer:

@@ -48,7 +48,7 @@ from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM
 from poodle_lightning.ops.crops import SubcropPairs, SubcropRecipe, flow_guided_subcrops
-from poodle_lightning.ops.geometry import Flow, Size, WarpOrder, on_loss_grid, pull, warp_into_view
+from poodle_lightning.ops.geometry import Flow, Size, WarpOrder, on_loss_grid, pull_boxes, warp_into_view
 from poodle_lightning.ops.occlusion import visible_ddflow
 from poodle_lightning.ops.pairs import both_directions, direction_keys
 from poodle_lightning.ops.random import fold
@@ -183,11 +183,10 @@ class PooDLe(Method):
     def cut(self, u: Tensor, v: Tensor, pairs: SubcropPairs) -> tuple[Tensor, Tensor]:
         """The crops, ``(2N·K, 3, h, w)`` each, resized bilinearly; zero outside the frame."""
         size: Size = self.subcrops.size
-        source = torch.arange(len(u), device=u.device).repeat_interleave(self.subcrops.count)
-        online, seen = pull(u[source], pairs.online, size)
-        other = torch.where(pairs.same[:, None, None, None], u[source], v[source])
-        target, _ = pull(other, pairs.target, size)
-        return online * seen[:, None], target
+        online, seen = pull_boxes(u, pairs.online, size)
+        here, _ = pull_boxes(u, pairs.target, size)
+        there, _ = pull_boxes(v, pairs.target, size)
+        return online * seen[:, None], torch.where(pairs.same[:, None, None, None], here, there)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

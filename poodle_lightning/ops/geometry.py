@@ -302,6 +302,25 @@ def pull(
         return sample(x, points), seen
 
 
+def pull_boxes(x: Tensor, boxes: Affine, size: Size) -> tuple[Tensor, Tensor]:
+    """K crops of every image, all of an image in one sampling: no image is copied K times.
+
+    Args:
+        x: ``(B, C, H, W)``.
+        boxes: B·K rows (row ``i·K + k`` is crop k of image i), from a point of the crop to the image.
+        size: height and width of the crops.
+
+    Returns:
+        values ``(B·K, C, *size)`` (border values outside) and ``seen (B·K, *size)`` bool.
+    """
+    count = len(boxes) // len(x)
+    with island(x.device.type):
+        grid = pixel_grid(size, x.device, boxes.matrix.dtype)
+        points, seen = boxes.trace(grid.expand(len(boxes), *size, 2))
+        values = sample(x, points.reshape(len(x), count * size[0], size[1], 2))
+        return values.unflatten(2, (count, size[0])).transpose(1, 2).flatten(0, 1), seen
+
+
 def warp_into_view(to_clean: Affine, flow: Flow, order: WarpOrder = "paper") -> Chain:
     """From the clean frame a to a view of frame b: first along the flow a → b, then into the view.
 

@@ -79,7 +79,7 @@ def test_chunks_of_rows_change_neither_loss_nor_gradient(case, monkeypatch):
     where = to_z @ Flow.from_pixels(flow)
     results = []
     for limit in (1 << 24, 2 * 5 * 12 * 3):
-        monkeypatch.setattr(regression, "CHUNK_VALUES", limit)
+        monkeypatch.setattr(regression, "CPU_CHUNK_VALUES", limit)
         leaf = p.clone().requires_grad_()
         loss = warped_distance(leaf, to_p, z, where, (8, 12), visible)
         loss.backward()

@@ -15,6 +15,7 @@ from poodle_lightning.ops.geometry import (
     pixel_grid,
     pixels_to_extent,
     pull,
+    pull_boxes,
     warp_into_view,
 )
 
@@ -164,6 +165,16 @@ def test_box_reads_its_corners():
     boxes = torch.tensor([[-0.5, -1.0, 0.5, 0.25]])
     corners = torch.tensor([[[[-1.0, -1.0], [1.0, 1.0]]]])
     assert torch.allclose(Affine.box(boxes)(corners)[0, 0], torch.tensor([[-0.5, -1.0], [0.5, 0.25]]))
+
+
+def test_boxes_of_an_image_are_pulled_as_one_by_one():
+    x = torch.rand(3, 2, 20, 30)
+    boxes = random_affines(12)
+    values, seen = pull_boxes(x, boxes, (5, 7))
+    for row in range(12):
+        alone, alone_seen = pull(x[row // 4 : row // 4 + 1], boxes[row : row + 1], (5, 7))
+        assert torch.allclose(values[row], alone[0], atol=1e-6)
+        assert torch.equal(seen[row], alone_seen[0])
 
 
 def test_flow_through_a_window_is_the_same_motion_in_other_units():
