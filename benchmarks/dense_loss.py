@@ -193,7 +193,7 @@ def measure_memory(form: str, args: argparse.Namespace) -> float:
 
 def _peak_here(form: str, problem: Problem) -> float:
     """Called in the fresh process. ru_maxrss would start from the parent's peak; VmHWM is this process's."""
-    with patch.object(regression, "CPU_CHUNK_VALUES", 1):  # what work in chunks imports must be there before, too
+    with patch.object(regression, "CPU_CHUNK_VALUES", 1):  # imports what chunks need
         loss_and_gradient(form, make_problem(32, 32, 4))
     before = _status("VmRSS")
     loss_and_gradient(form, problem)

@@ -134,10 +134,13 @@ def read_words(words: Sequence[str]) -> Request:
             else:
                 configs.append(recipes.find(value))
             continue
+        if flag in ("--model", "--data", "--trainer"):
+            value = value if equals else next(waiting, "")
+            model = value if flag == "--model" else model
+            # a fragment by its shipped name, e.g. --trainer trainer/cpu.yaml
+            rest += [flag, str(recipes.find(value)) if value.endswith((".yaml", ".yml")) else value]
+            continue
         rest.append(word)
-        if flag == "--model":
-            model = value if equals else next(waiting, "")
-            rest += [] if equals else [model]
     name = "+".join(path.stem for path in configs) or (model or "run").rsplit(".", 1)[-1]
     front = [word for path in configs for word in ("--config", str(path))]
     return Request(front + rest, name, allow)

@@ -175,6 +175,8 @@ class TrainingCLI(LightningCLI):
             "enable_checkpointing": config.get("enable_checkpointing") is not False
             and self.subcommand == "fit",
         }
+        if config.get("enable_model_summary") is None:
+            mine["enable_model_summary"] = False  # one line says what there is to train
         if not any(isinstance(callback, AnyProgressBar) for callback in mine["callbacks"]):
             mine["enable_progress_bar"] = False
         try:
@@ -234,6 +236,8 @@ class TrainingCLI(LightningCLI):
             _log.info("going on from %s", self._checkpoint)
         elif self.subcommand != "fit":
             _log.warning("no --ckpt_path: the model has its initial weights")
+        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        _log.info("%s: %.2f M trainable parameters", type(self.model).__name__, trainable / 1e6)
         _log.info("run folder: %s", self.run_folder)
 
     def before_fit(self) -> None:

@@ -108,10 +108,10 @@ class ToyData(L.LightningDataModule):
     """
 
     def __init__(
-        self, root: str | None = None, num_workers: int = 0, batch_size: int = 4, seed: int = 0
+        self, root: str | None = None, num_workers: int = 0, batch_size: int = 4, seed: int | None = None
     ) -> None:
         super().__init__()
-        self.root, self.num_workers, self.batch_size, self.seed = root, num_workers, batch_size, seed
+        self.root, self.num_workers, self.batch_size, self.seed = root, num_workers, batch_size, seed or 0
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(Numbers(), batch_size=self.batch_size, num_workers=self.num_workers)

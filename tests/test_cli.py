@@ -134,7 +134,12 @@ def test_a_shipped_file_is_found_from_any_folder_and_a_local_one_comes_first(fol
 
 @pytest.mark.parametrize(
     ("words", "seed"),
-    [([], 0), (["--seed_everything", "5"], 5), (["--seed_everything", "5", "--data.seed", "7"], 7)],
+    [
+        ([], 0),
+        (["--seed_everything", "5"], 5),
+        (["--seed_everything", "5", "--data.seed", "7"], 7),
+        (["--seed_everything", "5", "--data.seed", "0"], 0),
+    ],
 )
 def test_the_data_take_the_seed_of_everything_unless_they_have_their_own(folder, words, seed):
     _, data = cli.build(["cfg/experiment/toy.yaml"], ["--allow", "stand_in", *words])

@@ -54,7 +54,7 @@ def test_every_method_has_a_config_a_test_and_a_docs_row(name):
     ]
     assert configs, f"no configs/method/*.yaml has class_path poodle_lightning.{name}"
     assert (ROOT / "tests" / "methods" / f"test_{file}").is_file()
-    assert f"`{name}`" in (ROOT / "docs" / "methods.md").read_text()
+    assert f"`poodle_lightning.{name}`" in (ROOT / "docs" / "methods.md").read_text()
 
 
 def test_tests_mirror_the_package():

@@ -126,6 +126,20 @@ class Health(L.Callback):
             logger.log_metrics(numbers, step=step - 1)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
 
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """On the verb ``validate``: looks at the features of the first held-out batch."""
+        alone = trainer.state.fn == "validate" and batch_idx == dataloader_idx == 0
+        if alone and isinstance(pl_module, Method) and isinstance(batch, Clip):
+            pl_module.log_dict(self.look(pl_module, batch, trainer.global_step), batch_size=len(batch))
+
     def look(self, method: Method, clip: Clip, step: int) -> dict[str, float]:
         """The numbers of one batch under their log keys; keeps count of bad looks and warns once."""
         numbers: dict[str, float] = {}

@@ -92,9 +92,8 @@ def _train(names: list[str], videos: Path, out: Path, steps: int) -> dict[str, P
             if process.poll() is None:
                 process.terminate()
     if failed:
-        raise UserError(
-            f"training {METHODS[failed[0]]} failed: see the messages above or {started[failed[0]][1]}"
-        )
+        where = "the messages above" if failed[0] == names[0] else started[failed[0]][1]
+        raise UserError(f"training {METHODS[failed[0]]} failed: see {where}")
     return {name: folders(out / "runs" / f"demo_{name}")[-1] for name in names}
 
 
@@ -109,6 +108,7 @@ def _command(name: str, videos: Path, out: Path, steps: int) -> list[str]:
         f"--trainer.default_root_dir={out / 'runs'}",
         f"--trainer.max_steps={steps}",
         f"--model.recipe.horizon_steps={steps}",
+        f"--model.recipe.warmup_steps={min(50, steps // 10)}",
         f"--trainer.precision={'bf16-mixed' if fast else '32-true'}",
     ]
 

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from poodle_lightning.data.cached_flow import FixedPairs
 from poodle_lightning.data.clips import ClipDataset, Exhausted, PixelFlow, collate
 from poodle_lightning.data.frames import FramesSource
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler
@@ -83,7 +84,7 @@ class VideoDataModule(L.LightningDataModule):
         gap: tuple[float, float] = (0.5, 1.0),
         pairs_per_video: int = 1,
         jitter: float = 0.1,
-        sampler: PairSampler | ClipSampler | WindowSampler | None = None,
+        sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | None = None,
         clip_seconds: float | None = None,
         scale: tuple[float, float] | None = None,
         area: tuple[float, float] | None = None,
