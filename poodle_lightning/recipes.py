@@ -47,7 +47,7 @@ def find(name: str) -> Path:
     from poodle_lightning.types import UserError
 
     raise UserError(
-        f"{name}: no such configuration file{_near(name)} (`poodle-lightning list` shows those of the package)"
+        f"{name}: no such configuration file{_near(name)} (`poodle-lightning list` shows the package's)"
     )
 
 

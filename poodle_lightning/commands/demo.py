@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("--out", default="demo", help="folder of everything it makes (default: %(default)s)")
     parser.add_argument("--videos", metavar="DIR", help="your own videos, in place of generated streets")
-    parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="training steps (default: %(default)s)")
     parser.add_argument("--count", type=int, default=240, help="generated videos (default: %(default)s)")
     parser.add_argument(
         "--labelled",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "doctor"
 HELP = "versions, video decoding, flow, GPU and bf16 of this machine, with a small speed test"
-_EXTRAS = {"tensorboard": "log", "wandb": "wandb", "torchcodec": "fast-video"}
+_EXTRAS = {"tensorboard": "log", "wandb": "wandb"}
 _SECONDS = 4.0  # of the test video
 
 
