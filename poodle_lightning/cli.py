@@ -141,7 +141,9 @@ def read_words(words: Sequence[str]) -> Request:
             rest += [flag, str(recipes.find(value)) if value.endswith((".yaml", ".yml")) else value]
             continue
         rest.append(word)
-    name = "+".join(path.stem for path in configs) or (model or "run").rsplit(".", 1)[-1]
+    plain = Path(model or "run")
+    named = plain.stem if plain.suffix in (".yaml", ".yml") else plain.name.rsplit(".", 1)[-1]
+    name = "+".join(path.stem for path in configs) or named
     front = [word for path in configs for word in ("--config", str(path))]
     return Request(front + rest, name, allow)
 
@@ -304,7 +306,9 @@ def _line(error: BaseException) -> str | None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         what = wrong[0][:200] if wrong else text
         return f"--ckpt_path: the checkpoint is of another architecture: {what}{more}"
-    return None
+    from poodle_lightning.messages import missing_package
+
+    return missing_package(text)  # said by a logger or callback that the parser makes
 
 
 def _parser_message(error: argparse.ArgumentError) -> str:

@@ -118,6 +118,21 @@ def describe(method: Configured, online: Online) -> dict[str, Any]:
     }
 
 
+def rebuild(path: str | Path, allow: Sequence[str] = _ALLOW) -> tuple[Any, dict[str, Tensor]]:
+    """The method that a checkpoint describes, still without its weights, and those weights.
+
+    Raises:
+        UserError: the file is missing, truncated, or no checkpoint of this package.
+    """
+    content = read_file(path)
+    if "poodle_lightning" not in content:
+        raise UserError(f"{path}: not a poodle-lightning checkpoint (its keys: {sorted(content)[:5]})")
+    plain = content["poodle_lightning"]["method"]
+    # the encoder's weights are in the file; a flow net's are not, and must be found again
+    plain["init_args"]["encoder"] = untrained(plain["init_args"].get("encoder"))
+    return build(plain, allow), content["state_dict"]
+
+
 def export_torchvision(encoder: Encoder, path: str | Path) -> Path:
     """Writes a ResNet's weights under torchvision's names, without ``fc`` and without any decoder.
 

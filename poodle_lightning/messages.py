@@ -18,6 +18,11 @@ _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (\S+)")
 _UNKNOWN_NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
 _NO_FRAGMENT = re.compile(r"Expected a path but (\S+\.ya?ml) ")
+_NO_CLASS = re.compile(
+    r"Problem with given class_path '([^']+)':\s+(?:module '[^']*' has no attribute|No module named)"
+)
+_ABSENT = re.compile(r"Requirement '([\w-]+)[^']*' not met")
+_EXTRAS = {"tensorboard": "log", "wandb": "wandb"}
 _WANTED = re.compile(r"(Expected [^\n]+?)\. Got value: ([^\n]*)")
 _YAML = re.compile(r"Problems parsing config: ([^\n]+)")
 _LINE = re.compile(r"line (\d+), column (\d+)")
@@ -33,7 +38,16 @@ def one_line(message: str, flags: Iterable[str]) -> str:
     Returns:
         One line that names the key, what is wrong and, where something is near, what was perhaps meant.
     """
-    for rule in (_refused, _unknown_name, _no_fragment, _unknown_option, _unknown_key, _required, _yaml):
+    for rule in (
+        _refused,
+        _unknown_name,
+        _no_class,
+        _no_fragment,
+        _unknown_option,
+        _unknown_key,
+        _required,
+        _yaml,
+    ):
         said = rule(message, list(flags))
         if said is not None:
             return said
@@ -45,6 +59,17 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     lower = {name.lower(): name for name in known}
     near = difflib.get_close_matches(word.lower(), lower, n=1, cutoff=0.6)
     return f": did you mean {lower[near[0]]}?" if near else ""
+
+
+def missing_package(message: str) -> str | None:
+    """How to install the package that Lightning misses, if the message says so."""
+    names = _ABSENT.findall(message)
+    if not names:
+        return None
+    extra = _EXTRAS.get(names[-1])
+    return (
+        f"{names[-1]} is not installed: pip install '{f'poodle-lightning[{extra}]' if extra else names[-1]}'"
+    )
 
 
 def _refused(message: str, flags: list[str]) -> str | None:
@@ -70,6 +95,14 @@ def _unknown_name(message: str, flags: list[str]) -> str | None:
         known = [path for path in _ours() if path.rsplit(".", 1)[-1].lower() == found[1].lower()]
     listed = f" (there are {', '.join(known)})" if 0 < len(known) <= 12 else ""
     return f"{_key(message, found.start())}: no class {found[1]}{did_you_mean(found[1], known) or listed}"
+
+
+def _no_class(message: str, flags: list[str]) -> str | None:
+    found = _NO_CLASS.search(message)
+    if found is None:
+        return None
+    near = did_you_mean(found[1].rsplit(".", 1)[-1], _subclasses(_wanted_types(message[: found.start()])))
+    return f"{_key(message, found.start())}: no class {found[1]}{near}"
 
 
 def _no_fragment(message: str, flags: list[str]) -> str | None:

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from poodle_lightning import runs
-from poodle_lightning.callbacks.checkpoints import AtomicCheckpointIO
+from poodle_lightning.callbacks.checkpoints import AtomicCheckpointIO, check_fits
 from poodle_lightning.callbacks.faults import Faults
 from poodle_lightning.callbacks.health import Health
 from poodle_lightning.callbacks.metrics_file import MetricsFile
@@ -188,6 +188,8 @@ class TrainingCLI(LightningCLI):
         verb = str(self.subcommand)
         run = runs.plan(root, self._get(self.config, "name"), verb, self._ckpt_path)
         self.run_folder, self._checkpoint = run.folder, run.checkpoint
+        if run.checkpoint is not None and isinstance(self.model, Method):
+            check_fits(run.checkpoint, self.model)  # before anything is written
         if run.fresh:
             # processes that this one starts for the other devices join the same run
             self._stack.enter_context(runs.shared_time(run.folder))

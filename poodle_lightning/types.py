@@ -142,9 +142,10 @@ class Clip:
         }
         return replace(self, **kept, skipped=())
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Clip:
-        """Moved to a device; times, index and keys stay on the host."""
-        return self._each(lambda x: x.to(device=device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> Clip:
+        """Moved to a device (to CUDA without waiting); times, index and keys stay on the host."""
+        on = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
+        return self._each(lambda x: x.to(device=device, non_blocking=on))
 
     def pin_memory(self) -> Clip:
         """With its tensors in page-locked memory, so that the copy to the device does not block."""

@@ -1,7 +1,7 @@
 """Twenty steps of every method in float64, against stored curves: an alarm for refactors.
 
-The stored numbers were made by this package, so they say nothing about correctness. After a change that is meant
-to alter them: ``python tests/test_golden.py`` writes them anew.
+The stored numbers were made by this package, so they say nothing about correctness. After a change that is
+meant to alter them: ``python tests/test_golden.py`` writes them anew.
 """
 
 import json

@@ -9,7 +9,7 @@ from kornia.geometry.transform import get_affine_matrix2d
 from torch import Tensor
 
 from poodle_lightning.configured import Configured
-from poodle_lightning.ops.geometry import Affine, Size, pull
+from poodle_lightning.ops.geometry import Affine, Size, island, pull
 from poodle_lightning.ops.random import bernoulli, fold, uniform
 from poodle_lightning.types import View
 
@@ -39,7 +39,8 @@ class AffineFlip(Configured):
         angle = uniform(fold(keys, "angle"), 1, -self.degrees, self.degrees)[:, 0]
         scale = uniform(fold(keys, "scale"), 1, *self.scale).expand(-1, 2)
         centre = torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(batch, 2)
-        matrix = get_affine_matrix2d(torch.zeros(batch, 2), centre, scale, angle).double()
+        with island("cpu"):
+            matrix = get_affine_matrix2d(torch.zeros(batch, 2), centre, scale, angle).double()
         flipped = torch.eye(3, dtype=torch.float64).repeat(batch, 1, 1)
         rows = bernoulli(fold(keys, "flip"), self.flip)[:, 0]
         flipped[rows, 0, 0], flipped[rows, 0, 2] = -1.0, float(width - 1)

@@ -89,10 +89,11 @@ class Colour(Configured):
             for number, operation in enumerate(_JITTER):
                 if self.factors[number] > 0:
                     rows = chosen & (order[:, slot] == number)
-                    _where(out, rows, operation, factors[rows, number])
+                    _where(out, rows, operation, factors[rows, number].to(out.device, non_blocking=True))
 
     def _blur(self, out: Tensor, keys: Tensor) -> None:
         rows = bernoulli(keys, self.blur)[:, 0]
+        # on the host: Kornia looks at the values and then moves them by itself
         sigma = uniform(fold(keys, "sigma"), 1, *self.sigma)[rows].expand(-1, 2)
         # reflection needs a border narrower than the image
         reach = min(math.ceil(_CUT_SIGMA * self.sigma[1]), min(out.shape[-2:]) - 1)
@@ -129,7 +130,4 @@ def _where(out: Tensor, rows: Tensor, operation: Callable[..., Tensor], values: 
         return
     index = index.to(out.device, non_blocking=True)
     chosen = out.index_select(0, index)
-    done = (
-        operation(chosen) if values is None else operation(chosen, values.to(out.device, non_blocking=True))
-    )
-    out.index_copy_(0, index, done)
+    out.index_copy_(0, index, operation(chosen) if values is None else operation(chosen, values))

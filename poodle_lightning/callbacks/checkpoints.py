@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import nn
 
 from poodle_lightning.types import UserError
 
@@ -95,6 +96,27 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if not isinstance(content, dict) or "state_dict" not in content:
         raise UserError(f"{path}: not a checkpoint of a run (no state_dict in it)")
     return content
+
+
+def check_fits(path: Path, module: nn.Module) -> None:
+    """Compares names and shapes of a checkpoint with a model; reads no weights.
+
+    Raises:
+        UserError: the checkpoint is of another architecture.
+    """
+    there = torch.load(path, map_location="meta", weights_only=True)["state_dict"]
+    here = module.state_dict()
+    wrong = [name for name in {**here, **there} if _shape(here, name) != _shape(there, name)]
+    if wrong:
+        name, more = wrong[0], f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(
+            f"--ckpt_path {path}: the checkpoint is of another architecture: {name} is {_shape(there, name)}"
+            f" there, {_shape(here, name)} in this model{more}; use the config.yaml of its run"
+        )
+
+
+def _shape(state: dict[str, Any], name: str) -> str:
+    return "×".join(map(str, state[name].shape)) or "a number" if name in state else "missing"
 
 
 def damage_of(path: Path) -> str | None:

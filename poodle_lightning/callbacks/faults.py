@@ -80,6 +80,7 @@ class Faults(L.Callback):
         self._training = True
         self._asked = signal.SIGTERM if trainer.received_sigterm else 0
         self._agreed = 0
+        self._torn = False
         if threading.current_thread() is threading.main_thread():
             self._process = os.getpid()
             self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
@@ -89,6 +90,7 @@ class Faults(L.Callback):
             _in_worker(signum)
             return
         if self._asked == signum:
+            self._torn = True  # anywhere in a step: what is in memory now is not worth a checkpoint
             raise Stopped(signum)
         self._asked = signum
         name = signal.Signals(signum).name
@@ -140,10 +142,10 @@ class Faults(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is whole: stops here if that was asked."""
+        """The optimiser's step is whole: stops here if that was asked (not amid accumulated batches)."""
         self._batch = None
         asked = self._agreed if trainer.world_size > 1 else self._asked
-        if asked:
+        if asked and not trainer.fit_loop._should_accumulate():
             self._log_last_step(trainer)
             raise Stopped(asked)
 
@@ -181,7 +183,7 @@ class Faults(L.Callback):
         """Leaves a checkpoint of the last whole step, then tells the other processes."""
         training, together = self._training, isinstance(exception, (Stopped, NonFiniteLoss))
         self._release()
-        if training and self.save and (trainer.is_global_zero or together):
+        if training and self.save and not self._torn and (trainer.is_global_zero or together):
             self._leave_checkpoint(trainer, pl_module, exception)
         if not trainer.is_global_zero:
             return

@@ -65,7 +65,10 @@ def run(args: argparse.Namespace, build: Build) -> int:
 def _make_videos(folder: Path, count: int) -> Path:
     from poodle_lightning.data.synthetic import write_videos
 
-    if len(list(folder.glob("*.mp4"))) != count:
+    made = list(folder.glob("street_*.mp4"))
+    if len(made) != count:
+        for path in made:
+            path.unlink()
         print(f"making {count} street videos in {folder}", flush=True)
         write_videos(folder, count, seconds=1.5, fps=6.0, size=SIZE, workers=os.cpu_count() or 1)
     return folder

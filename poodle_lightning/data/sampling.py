@@ -42,9 +42,10 @@ class Sampler(Protocol):
 class PairSampler:
     """Two frames a random gap apart.
 
-    Several pairs from one opened video share the decoded stretch (repeated sampling): their first frames lie
-    at equal steps within ``spread`` of the first pair's, each with a gap of its own, so that further pairs
-    cost little beyond their pixels.
+    Several pairs from one opened video (repeated sampling) are drawn independently, each anywhere in it, as
+    PooDLe's are. With ``spread`` they share the decoded stretch instead: they begin at equal steps within so
+    many seconds of the first pair's, so that further pairs cost little beyond their pixels, and
+    resemble each other.
 
     Args:
         gap: shortest and longest time between the two frames, seconds. PooDLe on BDD100K: 15 to 30 frames at
@@ -52,7 +53,7 @@ class PairSampler:
         jitter: for a gap of 0 only: how far the second crop window may lie from the first, as a fraction of
             the crop's size. Unused otherwise: both windows are then the same.
         pairs_per_video: pairs from one opened video.
-        spread: seconds over which the pairs of one video begin.
+        spread: seconds over which the pairs of one video begin; None draws each on its own.
 
     Raises:
         ValueError: the gap is negative or reversed, or there are no pairs.
@@ -61,7 +62,7 @@ class PairSampler:
     gap: tuple[float, float] = (0.5, 1.0)
     jitter: float = 0.1
     pairs_per_video: int = 1
-    spread: float = 0.5
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         low, high = self.gap
@@ -69,7 +70,7 @@ class PairSampler:
             raise ValueError(f"gap must be (shortest, longest) seconds ≥ 0, not {self.gap}")
         if self.pairs_per_video < 1:
             raise ValueError(f"pairs_per_video must be at least 1, not {self.pairs_per_video}")
-        if self.jitter < 0 or self.spread < 0:
+        if self.jitter < 0 or (self.spread or 0.0) < 0:
             raise ValueError(f"jitter and spread must be ≥ 0, not {self.jitter} and {self.spread}")
 
     @property
@@ -79,7 +80,7 @@ class PairSampler:
 
     @property
     def _step(self) -> float:
-        return self.spread / self.pairs_per_video
+        return (self.spread or 0.0) / self.pairs_per_video
 
     def times(self, duration: float, key: Tensor) -> list[float]:
         """``[a₀, b₀, a₁, b₁, …]`` seconds, two per pair.
@@ -94,9 +95,11 @@ class PairSampler:
         start = _start(duration, self.span, key)
         low, high = self.gap
         gaps = _draw(key, "gap", self.pairs_per_video)
+        starts = [start + number * self._step for number in range(self.pairs_per_video)]
+        if self.spread is None:
+            starts = [share * (duration - self.span) for share in _draw(key, "starts", self.pairs_per_video)]
         found = []
-        for number, share in enumerate(gaps):
-            first = start + number * self._step
+        for first, share in zip(starts, gaps, strict=True):
             found += [first, min(first + low + (high - low) * share, duration)]
         return found
 

@@ -50,6 +50,8 @@ class VideoDataModule(L.LightningDataModule):
         size: height and width of the training crop, px.
         gap: shortest and longest time between the frames of a pair, s. ``(0, 0)`` is one frame seen twice.
         pairs_per_video: pairs from one opened video; they stand one after the other in the batch.
+        spread: seconds within which those pairs begin, which saves decoding; None (the papers') draws each
+            anywhere in the video.
         jitter: for a gap of 0: how far the second window lies from the first, as a share of its size.
         sampler: draws the moments instead of ``gap`` and ``pairs_per_video``.
         clip_seconds: cut longer videos into stretches of this length, each of which counts as a video
@@ -83,6 +85,7 @@ class VideoDataModule(L.LightningDataModule):
         size: tuple[int, int] = (512, 1024),
         gap: tuple[float, float] = (0.5, 1.0),
         pairs_per_video: int = 1,
+        spread: float | None = None,
         jitter: float = 0.1,
         sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | None = None,
         clip_seconds: float | None = None,
@@ -103,7 +106,7 @@ class VideoDataModule(L.LightningDataModule):
         self.source_name, self.root = source, root
         self.split, self.city, self.rate, self.synthetic = split, city, rate, synthetic
         self.rule = WindowRule(_pair(size), scale, area, reference and _pair(reference), antialias)
-        self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video)
+        self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video, spread)
         self.clip_seconds, self.batch_size, self.num_workers = clip_seconds, batch_size, num_workers
         self.seed, self.val_fraction, self.repeats = seed or 0, val_fraction, repeats
         self.flow, self.exact = flow, exact
@@ -333,10 +336,12 @@ def _pair(size: Sequence[int]) -> Size:
     return int(size[0]), int(size[1])
 
 
-def _sampler(given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int) -> Sampler:
+def _sampler(
+    given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int, spread: float | None
+) -> Sampler:
     if given is not None:
         return given
     try:
-        return PairSampler((float(gap[0]), float(gap[1])), jitter, pairs)
+        return PairSampler((float(gap[0]), float(gap[1])), jitter, pairs, spread)
     except ValueError as error:
         raise UserError(str(error)) from error

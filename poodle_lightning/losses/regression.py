@@ -76,6 +76,8 @@ def warped_distance(
     rows = max(1, min(height, values // max(1, len(p) * p.shape[1] * width)))
     if rows >= height:
         return _mean_of_sums(*_distance_rows(p, to_p, z, to_z, size, visible, slice(0, height)))
+    # cast before the chunks: their gradients then add up in float32
+    p, z = (x if x.dtype == torch.float64 else x.float() for x in (p, z))
     total = count = torch.zeros((), device=p.device)
     for start in range(0, height, rows):
         part = slice(start, min(start + rows, height))

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poodle_lightning.configured import Configured, build, untrained
-from poodle_lightning.hub import describe
+from poodle_lightning.configured import Configured
+from poodle_lightning.hub import describe, rebuild
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer
-from poodle_lightning.nn.weights import read_file
 from poodle_lightning.types import Clip, Look, Losses, UserError
 
 
@@ -138,13 +137,8 @@ class Method(L.LightningModule, Configured):
         cls, checkpoint_path: str | Path, **_: Any
     ) -> Self:
         """The method of a checkpoint, with its weights, on the CPU. Only tensors and plain data are read."""
-        content = read_file(checkpoint_path)
-        if "poodle_lightning" not in content:
-            raise UserError(
-                f"{checkpoint_path}: not a poodle-lightning checkpoint (keys {sorted(content)[:5]})"
-            )
-        method = build(untrained(content["poodle_lightning"]["method"]))
+        method, weights = rebuild(checkpoint_path)
         if not isinstance(method, cls):
             raise UserError(f"{checkpoint_path} holds a {type(method).__name__}, not a {cls.__name__}")
-        method.load_state_dict(content["state_dict"])
+        method.load_state_dict(weights)
         return method

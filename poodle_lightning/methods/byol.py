@@ -90,11 +90,14 @@ class BYOL(Method):
     def losses(self, clip: Clip) -> Losses:
         """The regression loss, both ways (paper Eq. 2)."""
         a, b = self.views(clip)
-        one, other = torch.cat([a.image, b.image]), torch.cat([b.image, a.image])
+        return {"pooled": self.regress(a.image, b.image) + self.regress(b.image, a.image)}
+
+    def regress(self, one: Tensor, other: Tensor) -> Tensor:
+        """From the online view of each image, the target's projection of its other view."""
         q = self.predictor(self.online.pooled(one))
         with torch.no_grad():
             t = self.target.module.pooled(other)
-        return {"pooled": cosine_distance(q, t).mean()}
+        return cosine_distance(q, t).mean()
 
     @torch.no_grad()
     def views(self, clip: Clip) -> tuple[View, View]:

@@ -127,8 +127,11 @@ class PooDLe(Method):
             raise ValueError("PooDLe needs dense_weight or pooled_weight above 0")
         dense, pooled = dense_weight > 0, pooled_weight > 0
         encoder = encoder or ResNet(50)
-        sdm = SDM(encoder.channels) if decoder == "default" else decoder
-        self.online = PooDLeNet(encoder, sdm, hidden, out, dense, pooled)
+        if not dense and isinstance(decoder, SDM):
+            raise ValueError("PooDLe: without a dense loss nothing trains the decoder; set decoder to null")
+        if decoder == "default":
+            decoder = SDM(encoder.channels) if dense else None
+        self.online = PooDLeNet(encoder, decoder, hidden, out, dense, pooled)
         self.target = EMA(self.online)
         self.dense_predictor = ConvMLP(out, hidden, out) if dense else None
         self.pooled_predictor = MLP(out, hidden, out) if pooled else None
@@ -181,12 +184,14 @@ class PooDLe(Method):
 
     @torch.no_grad()
     def cut(self, u: Tensor, v: Tensor, pairs: SubcropPairs) -> tuple[Tensor, Tensor]:
-        """The crops, ``(2N·K, 3, h, w)`` each, resized bilinearly; zero outside the frame."""
+        """The crops, ``(2N·K, 3, h, w)`` each, resized bilinearly; the encoder's mean outside the frame."""
         size: Size = self.subcrops.size
         online, seen = pull_boxes(u, pairs.online, size)
         here, _ = pull_boxes(u, pairs.target, size)
         there, _ = pull_boxes(v, pairs.target, size)
-        return online * seen[:, None], torch.where(pairs.same[:, None, None, None], here, there)
+        # what lies outside is 0 to the network: the encoder takes this mean away
+        online = torch.where(seen[:, None], online, self.online.encoder.mean.to(online))
+        return online, torch.where(pairs.same[:, None, None, None], here, there)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

@@ -34,6 +34,11 @@ def island(device_type: str) -> torch.autocast:
     return torch.autocast(device_type, enabled=False)
 
 
+def _is_cuda(device: torch.device | str | None) -> bool:
+    """Whether a copy to this device may go on behind our back: elsewhere it would be read too early."""
+    return device is not None and torch.device(device).type == "cuda"
+
+
 def pixel_grid(size: Size, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Centres of the pixels of an image, ``(H, W, 2)`` as ``(x, y)`` in extent coordinates."""
     height, width = size
@@ -45,14 +50,14 @@ def pixel_grid(size: Size, device: torch.device | None = None, dtype: torch.dtyp
 
 def pixels_to_extent(points: Tensor, size: Size) -> Tensor:
     """Pixel coordinates (centre of the first pixel at 0) ``(..., 2)`` to extent coordinates."""
-    scale = points.new_tensor([2.0 / size[1], 2.0 / size[0]])
-    return (points + 0.5) * scale - 1.0
+    x, y = points.unbind(-1)
+    return torch.stack([(x + 0.5) * (2.0 / size[1]) - 1.0, (y + 0.5) * (2.0 / size[0]) - 1.0], dim=-1)
 
 
 def extent_to_pixels(points: Tensor, size: Size) -> Tensor:
     """Extent coordinates ``(..., 2)`` to pixel coordinates (centre of the first pixel at 0)."""
-    scale = points.new_tensor([size[1] / 2.0, size[0] / 2.0])
-    return (points + 1.0) * scale - 0.5
+    x, y = points.unbind(-1)
+    return torch.stack([(x + 1.0) * (size[1] / 2.0) - 0.5, (y + 1.0) * (size[0] / 2.0) - 0.5], dim=-1)
 
 
 def inside(points: Tensor) -> Tensor:
@@ -124,12 +129,18 @@ class Affine:
     def __matmul__(self, other: Affine | Flow | Chain) -> Affine | Chain:
         """``self @ other``: first other, then self."""
         if isinstance(other, Affine):
-            return Affine(self.matrix @ other.matrix.to(self.matrix))
+            with island(self.matrix.device.type):
+                return Affine(self.matrix @ other.matrix.to(self.matrix))
         return Chain((*_steps(other), self))
 
     def inverse(self) -> Affine:
-        """The inverse map, computed in float64."""
-        return Affine(torch.linalg.inv(self.matrix.double()).to(self.matrix.dtype))
+        """The inverse map, in closed form: no solver, so that a GPU need not wait."""
+        a, b, x = self.matrix[:, 0].unbind(-1)
+        c, d, y = self.matrix[:, 1].unbind(-1)
+        scale = 1.0 / (a * d - b * c)
+        rows = [d, -b, b * y - d * x, -c, a, c * x - a * y]
+        top = (torch.stack(rows, dim=-1) * scale[:, None]).reshape(-1, 2, 3)
+        return Affine(torch.cat([top, self.matrix[:, 2:]], dim=1))
 
     def trace(self, points: Tensor, rows: slice | None = None) -> tuple[Tensor, Tensor]:
         """Read points and ``seen`` for written points ``(B, H, W, 2)``."""
@@ -149,7 +160,7 @@ class Affine:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Affine:
         """Moved to a device or dtype."""
-        return Affine(self.matrix.to(device=device, dtype=dtype, non_blocking=True))
+        return Affine(self.matrix.to(device=device, dtype=dtype, non_blocking=_is_cuda(device)))
 
     def __getitem__(self, rows: slice | Tensor) -> Affine:
         """The maps of some rows of the batch."""
@@ -182,7 +193,7 @@ class Flow:
         """From a flow in pixels of its own resolution, ``(B, 2, H, W)``; the only unit conversion."""
         height, width = flow.shape[-2:]
         flow = flow if flow.dtype == torch.float64 else flow.float()
-        return cls(flow * flow.new_tensor([2.0 / width, 2.0 / height]).reshape(1, 2, 1, 1))
+        return cls(torch.stack([flow[:, 0] * (2.0 / width), flow[:, 1] * (2.0 / height)], dim=1))
 
     @property
     def size(self) -> Size:
@@ -191,8 +202,8 @@ class Flow:
 
     def to_pixels(self) -> Tensor:
         """The displacement in pixels of its own resolution, ``(B, 2, H, W)``."""
-        scale = self.displacement.new_tensor([self.size[1] / 2.0, self.size[0] / 2.0])
-        return self.displacement * scale.reshape(1, 2, 1, 1)
+        x, y = self.displacement.unbind(1)
+        return torch.stack([x * (self.size[1] / 2.0), y * (self.size[0] / 2.0)], dim=1)
 
     def at(self, points: Tensor) -> Tensor:
         """The displacement at points ``(B, H, W, 2)``, bilinear, border values outside; ``(B, H, W, 2)``."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from poodle_lightning.ops.geometry import Flow, inside, island, pixel_grid
+from poodle_lightning.ops.geometry import Flow, Size, inside, island, pixel_grid
 
 
 def there_and_back(flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +37,12 @@ def there_and_back(flow: Flow) -> tuple[Tensor, Tensor, Tensor]:
         there = flow.displacement.permute(0, 2, 3, 1)
         target = pixel_grid(flow.size, there.device, there.dtype) + there
         back = opposite.at(target)
-        scale = there.new_tensor([flow.size[1] / 2.0, flow.size[0] / 2.0])
-        return there * scale, back * scale, inside(target)
+        return _in_pixels(there, flow.size), _in_pixels(back, flow.size), inside(target)
+
+
+def _in_pixels(displacement: Tensor, size: Size) -> Tensor:
+    x, y = displacement.unbind(-1)
+    return torch.stack([x * (size[1] / 2.0), y * (size[0] / 2.0)], dim=-1)
 
 
 @torch.no_grad()

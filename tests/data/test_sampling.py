@@ -31,7 +31,20 @@ def test_times_lie_within_the_video_and_within_the_span(sampler, slack):
     times = draw(sampler, duration, 100)
     assert times.min() >= 0
     assert times.max() <= duration
-    assert np.ptp(times, axis=1).max() <= sampler.span + 1e-12
+    apart = isinstance(sampler, PairSampler) and sampler.spread is None  # pairs drawn on their own
+    together = times.reshape(-1, 2) if apart else times
+    assert np.ptp(together, axis=1).max() <= sampler.span + 1e-12
+
+
+def test_pairs_of_a_video_are_independent_unless_spread():
+    """Starts of further pairs: uniform over the video and uncorrelated with the first; or at equal steps."""
+    starts = draw(PairSampler(gap=(0.5, 1.0), pairs_per_video=3), 41.0)[:, ::2] / 40.0
+    for column in range(3):
+        assert abs(starts[:, column].mean() - 0.5) < 0.05
+        assert abs(starts[:, column].std() - 12**-0.5) < 0.03
+    assert np.abs(np.corrcoef(starts.T) - np.eye(3)).max() < 0.15
+    close = draw(PairSampler(gap=(0.5, 1.0), pairs_per_video=3, spread=0.6), 41.0)[:, ::2]
+    assert np.allclose(np.diff(close, axis=1), 0.2)
 
 
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s.span > 0], ids=repr)

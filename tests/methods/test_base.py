@@ -149,3 +149,24 @@ def test_accumulation_equals_one_big_batch(tmp_path):
         trainer.fit(method, DataLoader(data, batch_size=None))
         results.append([p.detach().clone() for p in method.online.parameters()])
     assert max((a - b).abs().max() for a, b in zip(*results, strict=True)) < 1e-6
+
+
+def test_a_reloaded_method_has_the_flow_net_it_was_trained_with(tmp_path):
+    """The flow net is outside the state dict: its weights come from where they came from, or are asked for."""
+    from torchvision.models.optical_flow import raft_small
+
+    from poodle_lightning.flow.raft import RAFT
+    from poodle_lightning.methods.flowe import FlowE
+
+    torch.save(raft_small().state_dict(), tmp_path / "raft.pth")
+    flow = RAFT(size="small", weights=str(tmp_path / "raft.pth"), iterations=1)
+    method = FlowE(tiny_encoder(), flow, hidden=16, out=8, recipe=tiny_recipe())
+    trainer = L.Trainer(accelerator="cpu", logger=False, barebones=True)
+    trainer.strategy.connect(method)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = FlowE.load_from_checkpoint(tmp_path / "a.ckpt")
+    for one, other in zip(flow.net.module.parameters(), again.flow.net.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+    (tmp_path / "raft.pth").unlink()
+    with pytest.raises(UserError, match=r"raft\.pth"):
+        FlowE.load_from_checkpoint(tmp_path / "a.ckpt")
