@@ -60,12 +60,13 @@ class Toy(L.LightningModule):
         super().__init__()
         self.trunk = trunk or Trunk()
         self.rule = rule or Rule()
-        self.fail_at, self.how = fail_at, how
+        self.fail_at, self.how, self.failed = fail_at, how, False
         self.losses: list[float] = []
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.trunk(batch).square().mean()
-        if self.global_step == self.fail_at:
+        if self.global_step == self.fail_at and not self.failed:
+            self.failed = True  # once, though accumulated batches share a step
             loss = self.accident(loss)
         self.log("train/loss", loss.detach())
         return loss

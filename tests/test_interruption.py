@@ -56,6 +56,18 @@ def test_a_run_that_is_cut_short_goes_on_as_if_it_had_not_been(folder, how, code
     assert losses[0] == losses[1]
 
 
+def test_under_accumulation_a_run_stops_between_optimiser_steps(folder):
+    """The signal comes in the fifth of six batches, between the halves of the epoch's last step."""
+    words = ["--trainer.accumulate_grad_batches", "2"]
+    assert run("fit", "--name", "whole", *words) == 0
+    assert run("fit", "--model.fail_at", "2", "--model.how", "SIGTERM", *words) == 143
+    (found,) = runs_of()
+    assert run("fit", "--ckpt_path", "last", "--model.fail_at", "-1", *words) == 0
+    expected = weights(runs_of("whole")[0] / "checkpoints/last.ckpt")
+    resumed = weights(found / "checkpoints/last.ckpt")
+    assert all(torch.equal(expected[key], resumed[key]) for key in expected)
+
+
 def test_the_signals_are_given_back(folder):
     import signal
 

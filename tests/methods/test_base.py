@@ -152,7 +152,7 @@ def test_accumulation_equals_one_big_batch(tmp_path):
 
 
 def test_a_reloaded_method_has_the_flow_net_it_was_trained_with(tmp_path):
-    """The flow net is outside the state dict: its weights come from where they came from, or are asked for."""
+    """The flow net is outside the state dict: they come from where they came from, or are asked for."""
     from torchvision.models.optical_flow import raft_small
 
     from poodle_lightning.flow.raft import RAFT
