@@ -71,6 +71,8 @@ class WindowRule:
         reference: height and width to which ``scale`` refers; None is each video's own size.
         antialias: store means over ``floor(window / crop)`` raw pixels where a window shrinks, so that the
             bilinear sampling that follows does not alias. The papers' recipes do not.
+        aspect: with ``area``: width over height of the window; None is that of ``size``. (PooDLe's study of
+            the subcrops' area squeezes square windows to 2:1.)
 
     Raises:
         UserError: the settings contradict each other, or no crop fits.
@@ -81,6 +83,7 @@ class WindowRule:
     area: tuple[float, float] | None = None
     reference: Size | None = (1080, 1920)
     antialias: bool = False
+    aspect: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -90,6 +93,8 @@ class WindowRule:
         for name, pair in (("scale", self.scale), ("area", self.area)):
             if pair is not None and not 0 < pair[0] <= pair[1]:
                 raise UserError(f"{name} {pair}: give two positive numbers, the smaller one first")
+        if self.aspect is not None and not self.aspect > 0:
+            raise UserError(f"aspect {self.aspect}: width over height of a window is above 0")
         if self.area is not None and self.area[1] > 1:
             raise UserError(f"area {self.area}: a share of the frame is at most 1")
         if self.scale is not None and self.reference is not None:
@@ -135,8 +140,9 @@ class WindowRule:
     def _window_size(self, width: int, height: int, draw: float) -> tuple[float, float]:
         if self.scale is None:
             low, high = PAPER_AREA if self.area is None else self.area
-            h = math.sqrt((low + (high - low) * draw) * width * height * self.size[0] / self.size[1])
-            w = h * self.size[1] / self.size[0]
+            aspect = self.size[1] / self.size[0] if self.aspect is None else self.aspect
+            h = math.sqrt((low + (high - low) * draw) * width * height / aspect)
+            w = h * aspect
             fit = min(1.0, width / w, height / h)
             return min(w * fit, width), min(h * fit, height)
         resized_by = self.scale[0] + (self.scale[1] - self.scale[0]) * draw

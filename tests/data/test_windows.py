@@ -125,3 +125,14 @@ def test_reduced_is_the_mean_of_blocks():
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(UserError, match=message):
         WindowRule(**({"size": (8, 8)} | settings))
+
+
+def test_aspect_is_that_of_the_window_not_of_the_crop():
+    """Square windows of 12.5–25 % of the frame, as in PooDLe's study of the subcrops' area."""
+    rule = WindowRule((256, 512), area=(0.125, 0.25), aspect=1.0)
+    for number in range(50):
+        x0, y0, x1, y1 = rule.draw(1280, 720, key_of(number)).inner
+        assert x1 - x0 == pytest.approx(y1 - y0)
+        assert 0.125 - 1e-9 <= (x1 - x0) * (y1 - y0) / (1280 * 720) <= 0.25 + 1e-9
+    with pytest.raises(UserError, match="aspect"):
+        WindowRule((256, 512), area=(0.125, 0.25), aspect=0.0)
