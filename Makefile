@@ -32,6 +32,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/lint-imports
 
 test: lint
+	$(BIN)/python -m pytest -q --nbmake notebooks
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 clean:
