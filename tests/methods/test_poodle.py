@@ -168,8 +168,8 @@ def test_authors_order_agrees_without_an_affine_and_not_with_one():
 
 ROWS = {  # paper, Table 4: which parts each row has
     "2 dense + pool, dilated": {"encoder": {"output_stride": 8}, "decoder": None},
-    "3 dense, top-down": {"decoder": {"lateral": False}, "pooled_weight": 0.0},
-    "4 dense, lateral": {"decoder": {"top_down": False}, "pooled_weight": 0.0},
+    "3 dense + pool, top-down": {"decoder": {"lateral": False}},
+    "4 dense + pool, lateral": {"decoder": {"top_down": False}},
     "5 dense, SDM": {"pooled_weight": 0.0},
     "7 PooDLe": {},
     "pooled alone": {"dense_weight": 0.0, "decoder": None},
