@@ -130,7 +130,7 @@ class Ledger:
     def exhausted(self, skips: Sequence[Skip]) -> TooManySkipped:
         """The error for a request for which every video that was tried failed."""
         self._write([{"stage": "stop", "rank": self.rank, **asdict(skip)} for skip in skips])
-        reasons = _listed(Counter(skip.reason for skip in skips))
+        reasons = listed(Counter(skip.reason for skip in skips))
         last = skips[-1]
         return TooManySkipped(
             f"{len(skips)} videos in a row could not be used ({reasons}; the last: {last.path}:"
@@ -198,7 +198,7 @@ class Ledger:
     def _verdict(self) -> str:
         failed = self.skipped.total()
         return (
-            f"{failed} of {self.requested} requested videos could not be used ({_listed(self.skipped)}):"
+            f"{failed} of {self.requested} requested videos could not be used ({listed(self.skipped)}):"
             f" more than max_skip_fraction {self.max_skip_fraction:g}{self._where()};"
             " mend or remove them, or raise it"
         )
@@ -207,5 +207,6 @@ class Ledger:
         return "" if self.path is None else f", see {self.path}"
 
 
-def _listed(reasons: Counter[str]) -> str:
+def listed(reasons: Counter[str]) -> str:
+    """Reasons and how often, in words: ``empty 1, truncated 2``."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from poodle_lightning.data.clips import ClipDataset, Exhausted, PixelFlow, colla
 from poodle_lightning.data.frames import FramesSource
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
-from poodle_lightning.data.skips import Ledger
+from poodle_lightning.data.skips import Ledger, listed
 from poodle_lightning.data.sources import BDD100KSource, Entry, FolderSource, Source, WalkingToursSource
 from poodle_lightning.data.split import held_out, long_enough, segments
 from poodle_lightning.data.streets import StreetSet, SyntheticSource
@@ -157,7 +158,11 @@ class VideoDataModule(L.LightningDataModule):
             # processes started apart (torchrun, srun) know the run's folder only from the first of them
             folder = self.trainer.strategy.broadcast(self.trainer.default_root_dir)
             self.ledger.open(folder, self.trainer.global_rank)
-            self.ledger.refused((*self.source.refused, *self._too_short))
+            refused = (*self.source.refused, *self._too_short)
+            self.ledger.refused(refused)
+            if refused and stage == "fit":
+                reasons = listed(Counter(skip.reason for skip in refused))
+                rank_zero_warn(f"{len(refused)} files are left out ({reasons}): see skipped.jsonl")
 
     # ---- loaders
     def train_dataloader(self) -> ClipLoader:

@@ -6,6 +6,7 @@ it, and says how a clip becomes losses. It never touches files, and no callback 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,8 +77,10 @@ class Method(L.LightningModule, Configured):
 
     def configure_optimizers(self) -> Optimizer:
         """The recipe's optimiser over everything trainable; its learning rate is set at every step."""
-        if self.schedule is None:
-            self.schedule = Schedule.from_recipe(self.recipe, self._steps_per_epoch(), self.global_batch)
+        planned = Schedule.from_recipe(self.recipe, self._steps_per_epoch(), self.global_batch)
+        if self.schedule not in (None, planned):
+            warnings.warn(f"going on along the checkpoint's {self.schedule}, not {planned}", stacklevel=2)
+        self.schedule = self.schedule or planned
         return build_optimizer(self.recipe, self, self.global_batch)
 
     @property

@@ -84,6 +84,9 @@ def test_epochs_become_steps_once_and_stay_so_in_the_checkpoint(tmp_path):
     other = tiny(warmup_steps=None, horizon_steps=None, warmup_epochs=1.0, horizon_epochs=50.0)
     other.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
     assert other.schedule == method.schedule
+    with pytest.warns(UserWarning, match="going on along the checkpoint's"):
+        fit(other, 1, tmp_path)
+    assert other.schedule.horizon == 60
 
 
 def test_checkpoint_is_plain_and_gives_the_method_back(tmp_path):
