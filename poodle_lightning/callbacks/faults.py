@@ -2,7 +2,7 @@
 
 * A loss that is not finite stops the run before the weights are touched, with a file that replays the batch.
 * SIGTERM, SIGUSR1 (SLURM's warning) and Ctrl-C end the step that is running, then save and stop.
-* Any other exception saves too.
+* Any other exception saves too, on rank 0; one on another rank alone ends the run without a new checkpoint.
 """
 
 from __future__ import annotations

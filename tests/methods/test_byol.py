@@ -33,7 +33,7 @@ def test_pair_views_come_from_the_two_frames_and_frame_views_from_one():
     clip.frames[:, 1] = 0  # a black second frame
     a, b = tiny_byol(frames="pair").views(clip)
     assert a.image.mean() > 0.1
-    assert (b.image.min() == b.image.max()) or b.image.mean() < 0.05 or b.image.mean() > 0.95
+    assert b.image.abs().max() < 1e-3  # black stays black under every operation of the recipe
     single_a, single_b = tiny_byol(frames="frame").views(clip)
     assert single_a.image[:2].mean() > 0.1
     assert single_b.image[:2].std() > 0.01  # first frames: textured in both views

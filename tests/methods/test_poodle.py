@@ -245,3 +245,10 @@ def test_keys_change_the_draws():
     clip = make_clip()
     other = replace(clip, key=torch.stack([key_of(9, 9, i) for i in range(2)]))
     assert not torch.equal(method.look(clip).crops[0], method.look(other).crops[0])
+
+
+def test_without_a_dense_loss_there_is_no_untrained_decoder():
+    method = tiny_poodle(decoder="default", dense_weight=0.0)
+    assert method.online.decoder is None
+    with pytest.raises(ValueError, match="nothing trains the decoder"):
+        tiny_poodle(dense_weight=0.0)

@@ -210,6 +210,13 @@ def test_autocast_changes_nothing():
     assert (plain - inside).abs().max() < 1e-4
 
 
+def test_maps_compose_in_float32_under_autocast():
+    a, b = random_affines(4)[:2], random_affines(4)[2:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = a @ b
+    assert torch.equal(inside.matrix, (a @ b).matrix)
+
+
 def test_bfloat16_matrices_are_refused():
     with pytest.raises(TypeError, match="autocast"):
         Affine(torch.eye(3, dtype=torch.bfloat16)[None])
