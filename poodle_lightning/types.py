@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 from poodle_lightning.ops.geometry import Affine, Flow, Size, extent_to_pixels, pixel_grid, pull
 
 Losses = dict[str, Tensor]
+
+IGNORE = 255
+"""The label of pixels that take no part in any loss or score."""
 
 # What the host needs to decide or to log stays on the host: moving it would only force reads back.
 _HOST_FIELDS = ("times", "index", "key")
@@ -136,7 +140,7 @@ class Clip:
 
     def __getitem__(self, rows: slice) -> Clip:
         """Some of the clips; what was skipped stays with the whole."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {part.name: getattr(self, part.name) for part in fields(self)}
         kept: dict[str, Any] = {
             name: value[rows] for name, value in parts.items() if isinstance(value, Tensor | Affine)
         }
@@ -153,11 +157,97 @@ class Clip:
 
     def _each(self, act: Any) -> Clip:
         changed: dict[str, Any] = {"window": Affine(act(self.window.matrix))}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor) and field.name not in _HOST_FIELDS:
-                changed[field.name] = act(value)
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, Tensor) and part.name not in _HOST_FIELDS:
+                changed[part.name] = act(value)
         return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The classes of a labelled data set.
+
+    Args:
+        names: in the order of the label values 0, 1, …
+        groups: group name → names of its classes.
+
+    Raises:
+        ValueError: a group names a class that does not exist.
+    """
+
+    names: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group, members in self.groups.items():
+            if strange := sorted(set(members) - set(self.names)):
+                raise ValueError(f"group {group!r} names classes that do not exist: {', '.join(strange)}")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def indices(self, group: str) -> list[int]:
+        """Label values of a group's classes."""
+        return [self.names.index(name) for name in self.groups[group]]
+
+    def numbered(self) -> dict[str, list[int]]:
+        """Group name → label values of its classes."""
+        return {group: self.indices(group) for group in self.groups}
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """Images with a class per pixel.
+
+    Args:
+        images: ``(B, 3, H, W)`` uint8 RGB.
+        labels: ``(B, h, w)`` uint8 label values, 255 = ignore. In training ``(h, w) = (H, W)``; in evaluation
+            the labels keep the resolution of their file, to which predictions are resized, whatever the
+            size at which the network sees the image.
+        index: ``(B,)`` int64, place in the split; stays on the host.
+        key: ``(B,)`` int64, the item's random key = f(seed, epoch, index); stays on the host.
+        names: of the image files, for messages and pictures; stays on the host.
+
+    Raises:
+        ValueError: shapes do not agree.
+        TypeError: images or labels are not uint8.
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+    key: Tensor
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"LabelledBatch.images must be (B, 3, H, W), not {tuple(self.images.shape)}")
+        if self.labels.ndim != 3:
+            raise ValueError(f"LabelledBatch.labels must be (B, h, w), not {tuple(self.labels.shape)}")
+        if self.images.dtype != torch.uint8 or self.labels.dtype != torch.uint8:
+            kinds = f"{self.images.dtype} and {self.labels.dtype}"
+            raise TypeError(f"LabelledBatch needs uint8 images and labels, not {kinds}")
+        lengths = {len(part) for part in (self.images, self.labels, self.index, self.key, self.names)}
+        if len(lengths) != 1:
+            raise ValueError(f"LabelledBatch has parts of different lengths: {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def unit(self) -> Tensor:
+        """The images in [0, 1], ``(B, 3, H, W)`` float32."""
+        return self.images.float() / 255.0
+
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> LabelledBatch:
+        """Moved to a device (to CUDA without waiting); index, key and names stay on the host."""
+        on = torch.device(device).type == "cuda" if non_blocking is None else non_blocking
+        images, labels = (part.to(device, non_blocking=on) for part in (self.images, self.labels))
+        return replace(self, images=images, labels=labels)
+
+    def pin_memory(self) -> LabelledBatch:
+        """With its tensors in page-locked memory, so that the copy to the device does not block."""
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -118,9 +118,9 @@ def _command(name: str, videos: Path, out: Path, steps: int) -> list[str]:
 
 def _read_out(runs: dict[str, Path], count: int, began: float) -> dict[str, LabelReadout]:
     """Linear readouts of every trained encoder and of its random twin, on other streets."""
+    from poodle_lightning.data.label_sets import BDD100K
     from poodle_lightning.data.synthetic import labelled_frames
-    from poodle_lightning.evaluation.metrics import BDD100K
-    from poodle_lightning.evaluation.segmentation import ReadoutRecipe, same_architecture_random
+    from poodle_lightning.evaluation.linear_readout import ReadoutRecipe, same_architecture_random
     from poodle_lightning.hub import from_pretrained
     from poodle_lightning.report import read_labels
 

@@ -11,61 +11,11 @@ within one view):
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-IGNORE = 255
-
-
-@dataclass(frozen=True)
-class ClassSet:
-    """The classes of a labelled data set.
-
-    Args:
-        names: in the order of the label values 0, 1, …
-        groups: group name → names of its classes.
-
-    Raises:
-        ValueError: a group names a class that does not exist.
-    """
-
-    names: tuple[str, ...]
-    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for group, members in self.groups.items():
-            if strange := sorted(set(members) - set(self.names)):
-                raise ValueError(f"group {group!r} names classes that do not exist: {', '.join(strange)}")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def indices(self, group: str) -> list[int]:
-        """Label values of a group's classes."""
-        return [self.names.index(name) for name in self.groups[group]]
-
-    def numbered(self) -> dict[str, list[int]]:
-        """Group name → label values of its classes."""
-        return {group: self.indices(group) for group in self.groups}
-
-
-def _split(names: tuple[str, ...], some: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in some)
-
-
-# BDD100K and Cityscapes share these 19 classes in trainId order. The groups are those of PooDLe, appendix H,
-# Table 10: by average share of an image's pixels (small, large), by share of images (rare, common).
-_STREET = (
-    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
-    "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
-)  # fmt: skip
-SMALL = ("pole", "bicycle", "person", "motorcycle", "traffic sign", "rider", "traffic light")
-LARGE = _split(_STREET, SMALL)
-RARE = ("bus", "wall", "train", "bicycle", "motorcycle", "rider")
-COMMON = _split(_STREET, RARE)
-BDD100K = ClassSet(_STREET, {"small": SMALL, "large": LARGE, "rare": RARE, "common": COMMON})
+from poodle_lightning.types import IGNORE
 
 
 def group_means(values: Mapping[str, float], groups: Mapping[str, Iterable[str]]) -> dict[str, float]:

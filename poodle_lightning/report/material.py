@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poodle_lightning.evaluation.metrics import BDD100K, ClassSet, Confusion
-from poodle_lightning.evaluation.segmentation import (
+from poodle_lightning.data.label_sets import BDD100K
+from poodle_lightning.evaluation.linear_readout import (
     Readout,
     ReadoutRecipe,
     feature_map,
@@ -20,10 +20,11 @@ from poodle_lightning.evaluation.segmentation import (
     predict,
     same_architecture_random,
 )
+from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
-from poodle_lightning.types import Clip, Look
+from poodle_lightning.types import ClassSet, Clip, Look
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,11 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from poodle_lightning.data.label_sets import BDD100K, COMMON, LARGE, RARE, SMALL
 from poodle_lightning.data.synthetic import classes as synthetic
 from poodle_lightning.draw.segmentation import STREET_COLOURS
-from poodle_lightning.evaluation.metrics import (
-    BDD100K,
-    COMMON,
-    LARGE,
-    RARE,
-    SMALL,
-    ClassSet,
-    Confusion,
-    group_means,
-)
+from poodle_lightning.evaluation.metrics import Confusion, group_means
+from poodle_lightning.types import ClassSet
 
 # PooDLe, appendix H, Table 9 in the order of its columns, and Table 3 (all, small, large, rare, common).
 COLUMNS = (

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from poodle_lightning.evaluation.metrics import ClassSet
-from poodle_lightning.evaluation.segmentation import ReadoutRecipe
+from poodle_lightning.evaluation.linear_readout import ReadoutRecipe
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.report import gather
 from poodle_lightning.report.material import first_pairs
-from poodle_lightning.types import Clip, Look
+from poodle_lightning.types import ClassSet, Clip, Look
 
 SIZE = (32, 64)
 CLASSES = ClassSet(("dark", "bright"))

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from poodle_lightning.evaluation.metrics import ClassSet, Confusion
-from poodle_lightning.evaluation.segmentation import LinearHead, Readout
+from poodle_lightning.evaluation.linear_readout import LinearHead, Readout
+from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.report import FeatureMaps, LabelReadout, Material, write_report
-from poodle_lightning.types import Look, View
+from poodle_lightning.types import ClassSet, Look, View
 
 SIZE = (32, 64)
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}

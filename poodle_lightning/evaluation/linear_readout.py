@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from poodle_lightning.configured import build, spec
-from poodle_lightning.evaluation.metrics import IGNORE, ClassSet, Confusion
+from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
 from poodle_lightning.ops.geometry import Size, pixels_to_extent, sample
 from poodle_lightning.ops.random import fold, key_of, permutation, randint
 from poodle_lightning.ops.schedules import warmup_cosine
-from poodle_lightning.types import Features
+from poodle_lightning.types import IGNORE, ClassSet, Features
 
 Labelled = tuple[Tensor, Tensor]
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from poodle_lightning.evaluation.metrics import ClassSet
-from poodle_lightning.evaluation.segmentation import (
+from poodle_lightning.evaluation.linear_readout import (
     LinearHead,
     ReadoutRecipe,
     linear_readout,
@@ -18,7 +17,7 @@ from poodle_lightning.evaluation.segmentation import (
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import pixel_grid, sample
-from poodle_lightning.types import Features
+from poodle_lightning.types import ClassSet, Features
 
 CLASSES = ClassSet(("red", "green", "blue"), {"warm": ("red",), "cold": ("green", "blue")})
 
