@@ -62,6 +62,7 @@ class VideoDataModule(L.LightningDataModule):
         reference: height and width that ``scale`` refers to; None is the video's own size.
         antialias: average raw pixels where a window shrinks by 2 or more.
         aspect: with ``area``: width over height of the window; None is that of ``size``.
+        area_normal: with ``area``: mean and deviation of a normal law truncated to it, in place of a uniform.
         batch_size: clips per device and step.
         num_workers: processes that read videos.
         seed: of the order and of all draws; None is 0, or ``seed_everything`` on the command line.
@@ -96,6 +97,7 @@ class VideoDataModule(L.LightningDataModule):
         reference: tuple[int, int] | None = (1080, 1920),
         antialias: bool = False,
         aspect: float | None = None,
+        area_normal: tuple[float, float] | None = None,
         batch_size: int = 4,
         num_workers: int = 2,
         seed: int | None = None,
@@ -108,7 +110,9 @@ class VideoDataModule(L.LightningDataModule):
         super().__init__()
         self.source_name, self.root = source, root
         self.split, self.city, self.rate, self.synthetic = split, city, rate, synthetic
-        self.rule = WindowRule(_pair(size), scale, area, reference and _pair(reference), antialias, aspect)
+        self.rule = WindowRule(
+            _pair(size), scale, area, reference and _pair(reference), antialias, aspect, area_normal
+        )
         self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video, spread)
         self.clip_seconds, self.batch_size, self.num_workers = clip_seconds, batch_size, num_workers
         self.seed, self.val_fraction, self.repeats = seed or 0, val_fraction, repeats

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -73,6 +74,9 @@ class WindowRule:
             bilinear sampling that follows does not alias. The papers' recipes do not.
         aspect: with ``area``: width over height of the window; None is that of ``size``. (PooDLe's study of
             the subcrops' area squeezes square windows to 2:1.)
+        area_normal: mean and standard deviation: the share of the frame is normal, truncated to ``area``,
+            in place of uniform. (PooDLe's study of the global crop's area, §4.4, Fig. 5; the authors' code
+            truncates to [0.05, 0.95].)
 
     Raises:
         UserError: the settings contradict each other, or no crop fits.
@@ -84,6 +88,7 @@ class WindowRule:
     reference: Size | None = (1080, 1920)
     antialias: bool = False
     aspect: float | None = None
+    area_normal: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -97,6 +102,11 @@ class WindowRule:
             raise UserError(f"aspect {self.aspect}: width over height of a window is above 0")
         if self.area is not None and self.area[1] > 1:
             raise UserError(f"area {self.area}: a share of the frame is at most 1")
+        if self.area_normal is not None and (self.area is None or not self.area_normal[1] > 0):
+            raise UserError(
+                f"area_normal {self.area_normal}: mean and a standard deviation above 0, truncated to area, "
+                "which has to be given"
+            )
         if self.scale is not None and self.reference is not None:
             low = tuple(side * self.scale[0] for side in self.reference)
             if low[0] < self.size[0] or low[1] < self.size[1]:
@@ -139,9 +149,8 @@ class WindowRule:
 
     def _window_size(self, width: int, height: int, draw: float) -> tuple[float, float]:
         if self.scale is None:
-            low, high = PAPER_AREA if self.area is None else self.area
             aspect = self.size[1] / self.size[0] if self.aspect is None else self.aspect
-            h = math.sqrt((low + (high - low) * draw) * width * height / aspect)
+            h = math.sqrt(self._share(draw) * width * height / aspect)
             w = h * aspect
             fit = min(1.0, width / w, height / h)
             return min(w * fit, width), min(h * fit, height)
@@ -153,6 +162,17 @@ class WindowRule:
             frame = f"{width}×{height} px times {resized_by:.3g}"
             raise TooSmall(f"{frame} is smaller than the crop of {self.size[1]}×{self.size[0]} px; use area")
         return w, h
+
+    def _share(self, draw: float) -> float:
+        """The share of the frame at a uniform draw, by the inverse of its distribution."""
+        low, high = PAPER_AREA if self.area is None else self.area
+        if self.area_normal is None:
+            return low + (high - low) * draw
+        law = NormalDist(*self.area_normal)
+        below, above = law.cdf(low), law.cdf(high)
+        # a quantile of exactly 0 or 1 does not exist; rounding may also step over the ends
+        quantile = min(max(below + (above - below) * draw, 1e-12), 1 - 1e-12)
+        return min(max(law.inv_cdf(quantile), low), high)
 
     def _with_margin(self, inner: Rect) -> Window:
         factors, outer = [], [0, 0, 0, 0]

@@ -136,3 +136,23 @@ def test_aspect_is_that_of_the_window_not_of_the_crop():
         assert 0.125 - 1e-9 <= (x1 - x0) * (y1 - y0) / (1280 * 720) <= 0.25 + 1e-9
     with pytest.raises(UserError, match="aspect"):
         WindowRule((256, 512), area=(0.125, 0.25), aspect=0.0)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.125, 0.1), (0.5, 0.2), (0.02, 0.05)])
+def test_area_by_a_truncated_normal_law(mean, std):
+    from scipy.stats import kstest, truncnorm
+
+    low, high = 0.05, 0.95
+    inner = boxes(WindowRule((64, 64), area=(low, high), area_normal=(mean, std)), 1000, 1000)
+    share = (inner[:, 2] - inner[:, 0]) * (inner[:, 3] - inner[:, 1]) / 1e6
+    law = truncnorm((low - mean) / std, (high - mean) / std, loc=mean, scale=std)
+    assert share.min() >= low - 1e-9
+    assert share.max() <= high + 1e-9
+    assert kstest(share, law.cdf).pvalue > 0.01
+
+
+def test_a_normal_law_needs_an_interval_and_a_spread():
+    with pytest.raises(UserError, match="area_normal"):
+        WindowRule((64, 64), area_normal=(0.5, 0.1))
+    with pytest.raises(UserError, match="area_normal"):
+        WindowRule((64, 64), area=(0.1, 0.9), area_normal=(0.5, 0.0))
