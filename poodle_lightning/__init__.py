@@ -12,7 +12,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from poodle_lightning.data.video import VideoDataModule
-    from poodle_lightning.hub import export_torchvision, from_pretrained, load_encoder, save_pretrained
+    from poodle_lightning.hub import (
+        dilate,
+        export_torchvision,
+        from_pretrained,
+        load_encoder,
+        save_pretrained,
+    )
     from poodle_lightning.methods.base import Method
     from poodle_lightning.methods.byol import BYOL
     from poodle_lightning.methods.flowe import FlowE
@@ -28,6 +34,7 @@ _WHERE = {
     "PooDLe": "methods.poodle",
     "VideoDataModule": "data.video",
     "View": "types",
+    "dilate": "hub",
     "export_torchvision": "hub",
     "from_pretrained": "hub",
     "load_encoder": "hub",
@@ -44,6 +51,7 @@ __all__ = [
     "VideoDataModule",
     "View",
     "__version__",
+    "dilate",
     "export_torchvision",
     "from_pretrained",
     "load_encoder",

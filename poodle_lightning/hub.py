@@ -1,4 +1,4 @@
-"""Encoders to and from disk: folders as on the Hugging Face hub, training checkpoints, torchvision files.
+"""Encoders to and from disk: folders as on the Hugging Face hub, checkpoints, files of other projects.
 
 A folder holds ``model.safetensors``, ``config.json`` (the encoder's spec) and ``README.md`` (a card);
 uploaded as it is, it is a repository of the hub. A checkpoint of a run carries the same spec under
@@ -8,6 +8,7 @@ uploaded as it is, it is a repository of the hub. A checkpoint of a run carries 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,14 +20,18 @@ from torch import Tensor
 import poodle_lightning
 from poodle_lightning.configured import Configured, build, spec, untrained
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.foreign import Network, find, infer, summary, translate
+from poodle_lightning.nn.named import is_name, named
 from poodle_lightning.nn.online import Online
-from poodle_lightning.nn.weights import load_state, read_file, read_state
+from poodle_lightning.nn.weights import load_state, read_file, state_in
 from poodle_lightning.types import UserError
 
 FORMAT = 1
 _WEIGHTS, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _ALLOW = ("poodle_lightning",)
+_LAST = "checkpoints/last.ckpt"  # in the folder of a run
 _STATE_FILES = (".pth", ".pt", ".safetensors")
+_log = logging.getLogger(__name__)
 
 
 def save_pretrained(encoder: Encoder, folder: str | Path, card: str | None = None) -> Path:
@@ -66,44 +71,128 @@ def from_pretrained(path: str | Path, allow: Sequence[str] = _ALLOW) -> Encoder:
     """An encoder with its weights, in eval mode, on the CPU.
 
     Args:
-        path: a folder of :func:`save_pretrained`; a ``.ckpt`` of a run; or the name ``owner/name`` of a
-            repository on the Hugging Face hub.
+        path: a folder of :func:`save_pretrained`; the folder of a run (its ``last.ckpt``) or a ``.ckpt``
+            in it; the name ``owner/name`` of a repository on the Hugging Face hub; or ``torchvision:NAME`` or
+            ``timm:NAME``, see :func:`poodle_lightning.nn.named.named`.
         allow: packages whose classes the file may name; add the package of your own encoder.
 
     Raises:
         UserError: nothing is there, it is truncated, or its weights do not fit its description.
     """
+    if is_name(str(path)):
+        return named(str(path)).eval()
     place = Path(path)
+    if (place / _LAST).is_file():
+        place = place / _LAST
     if place.is_dir():
         return _from_folder(place, allow)
     if place.is_file() or place.suffix == ".ckpt":
-        return _from_checkpoint(place, allow)
+        return _from_checkpoint(read_file(place), place, allow)
     return _from_folder(_download(str(path)), allow)
 
 
 def load_encoder(
-    path: str | Path, encoder: Encoder | Mapping[str, Any] | None = None, allow: Sequence[str] = _ALLOW
+    source: str | Path,
+    encoder: Encoder | Mapping[str, Any] | None = None,
+    allow: Sequence[str] = _ALLOW,
+    network: Network | None = None,
 ) -> Encoder:
-    """Like :func:`from_pretrained`, and also fills a given encoder from a bare state dict.
+    """Like :func:`from_pretrained`, and also from a checkpoint file of another project.
+
+    Which projects: ``poodle_lightning.nn.foreign.FORMATS`` (torchvision, timm, DINO, iBOT, DoRA, MoCo v1 to
+    v3, DenseCL, PixPro, MAE, SwAV, VICReg, the PooDLe authors' files, ...). How many keys matched and what
+    was left over is logged.
 
     Args:
-        path: what :func:`from_pretrained` takes; or, with ``encoder``, a file with a state dict
-            (torchvision's and timm's fit ``ResNet``; a classifier ``fc`` in it is left out).
-        encoder: an encoder, or a spec of one, for a bare state dict; None: the file describes it.
+        source: what :func:`from_pretrained` takes, or a file with a state dict.
+        encoder: an encoder, or a spec of one, that the file's weights are put into; None: the file describes
+            it, or the architecture is inferred from names and shapes.
         allow: see :func:`from_pretrained`.
+        network: ``"online"`` (student, query) or ``"teacher"`` (target, key) where a file of another project
+            holds both; None: the teacher for DINO, iBOT and DoRA, online for all others.
 
     Returns:
         The encoder in eval mode; where one was given, that same one.
 
     Raises:
-        UserError: see :func:`from_pretrained`; or the weights do not fit ``encoder``.
+        UserError: see :func:`from_pretrained`; or no key matches, keys are missing, or shapes differ.
     """
-    if encoder is None:
-        return from_pretrained(path, allow)
-    made = encoder if isinstance(encoder, Encoder) else _build(dict(encoder), str(path), allow)
-    state = {key: value for key, value in read_state(path).items() if not key.startswith("fc.")}
-    load_state(made, state, str(path))
+    path = Path(source)
+    if encoder is None and (is_name(str(source)) or not path.is_file()):
+        _one_network(str(source), network)
+        own = from_pretrained(source, allow)
+        _log.info("%s: %s, all %d keys matched", source, type(own).__name__, len(own.state_dict()))
+        return own
+    content = read_file(path, leave_out_objects=True)
+    if encoder is not None:
+        made = encoder if isinstance(encoder, Encoder) else _build(dict(encoder), str(path), allow)
+        return _fill(made, content, path, network)
+    if "poodle_lightning" in content:
+        _one_network(str(path), network)
+        own = _from_checkpoint(content, path, allow)
+        _log.info("%s: %s, all %d keys matched", path.name, type(own).__name__, len(own.state_dict()))
+        return own
+    found = translate(content, network, str(path))
+    made = infer(found, str(path))
+    load_state(made, found.state, str(path))
+    _log.info("%s: %s", path.name, summary(found, made))
     return made.eval()
+
+
+def dilate(encoder: Encoder, output_stride: int) -> Encoder:
+    """The same weights in a network whose last stages are dilated to another ``output_stride``.
+
+    Args:
+        encoder: one that has the argument ``output_stride``: ``ResNet``, and ``TimmEncoder`` of a network
+            that timm can dilate. It is left as it is.
+        output_stride: input pixels per cell of the deepest map.
+
+    Raises:
+        UserError: the encoder cannot be dilated, or not to this stride.
+    """
+    kind = type(encoder)
+    if "output_stride" not in encoder.init_args:
+        instead = (
+            "dilate its encoder, and train a decoder for the new strides"
+            if isinstance(encoder, DecodedEncoder)
+            else "read it at its own strides, or choose a ResNet"
+        )
+        raise UserError(f"{kind.__name__} cannot be dilated to output_stride {output_stride}: {instead}")
+    plain = untrained(spec(encoder))
+    plain["init_args"]["output_stride"] = output_stride
+    made = _build(plain, kind.__name__, [kind.__module__.partition(".")[0]])
+    made.load_state_dict(encoder.state_dict())
+    for new, old in zip(made.parameters(), encoder.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return made.to(next(encoder.parameters())).train(encoder.training)
+
+
+def _fill(made: Encoder, content: dict[str, Any], path: Path, network: Network | None) -> Encoder:
+    """Puts the weights in a file into a given encoder, from its own names or from a foreign format."""
+    expected = _names(made.state_dict())
+    found = find(content, network, str(path))
+    if found is not None and not isinstance(made, DecodedEncoder):
+        found = found.without_decoder()
+    if found is None or _names(found.state) != expected:  # perhaps an encoder of another kind
+        state = {key: value for key, value in state_in(content).items() if not key.startswith("fc.")}
+        if found is None and not state:
+            raise UserError(f"{path} holds no tensors: give a state dict")
+        if found is None or _names(state) == expected:
+            _one_network(str(path), network)
+            load_state(made, state, str(path))
+            return made.eval()
+    load_state(made, found.state, str(path))
+    _log.info("%s: %s", path.name, summary(found, made))
+    return made.eval()
+
+
+def _one_network(source: str, network: Network | None) -> None:
+    if network is not None:
+        raise UserError(f"{source}: network={network!r} is for files of other projects: leave it out")
+
+
+def _names(state: Mapping[str, Tensor]) -> set[str]:
+    return {key for key in state if not key.endswith("num_batches_tracked")}
 
 
 def describe(method: Configured, online: Online) -> dict[str, Any]:
@@ -170,7 +259,7 @@ def export_torchvision(encoder: Encoder, path: str | Path) -> Path:
 def _from_folder(folder: Path, allow: Sequence[str]) -> Encoder:
     config_path = folder / _CONFIG
     if not config_path.is_file():
-        raise UserError(f"{folder} holds no {_CONFIG}: give a folder written by save_pretrained")
+        raise UserError(f"{folder} holds no {_CONFIG} and no {_LAST}: give an exported folder or a run's")
     try:
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -182,12 +271,11 @@ def _from_folder(folder: Path, allow: Sequence[str]) -> Encoder:
     return encoder.eval()
 
 
-def _from_checkpoint(path: Path, allow: Sequence[str]) -> Encoder:
-    content = read_file(path)
+def _from_checkpoint(content: dict[str, Any], path: Path, allow: Sequence[str]) -> Encoder:
     if "poodle_lightning" not in content:
         raise UserError(
             f"{path} does not describe its encoder (no entry 'poodle_lightning'): "
-            "use load_encoder(path, encoder) for a bare state dict"
+            "use load_encoder for a file of another project"
         )
     described = content["poodle_lightning"]
     encoder = _build(_described(described, "backbone", str(path)), str(path), allow)
@@ -236,7 +324,8 @@ def _download(name: str) -> Path:
     owner_and_name = name.split("/")
     if len(owner_and_name) != 2 or not all(owner_and_name) or name.startswith((".", "~")):
         raise UserError(
-            f"{name} does not exist: give a folder, a .ckpt file or a hub repository (owner/name)"
+            f"{name} does not exist: give a folder, a file, the owner/name of a hub repository, "
+            "torchvision:NAME or timm:NAME"
         )
     import huggingface_hub
 

@@ -14,7 +14,8 @@ from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.weights import load_state, read_state
 from poodle_lightning.types import Features, UserError
 
-_BLOCKS: dict[int, tuple[type[Any], tuple[int, int, int, int]]] = {
+Depth = Literal[10, 18, 34, 50, 101]
+_BLOCKS: dict[Depth, tuple[type[Any], tuple[int, int, int, int]]] = {
     10: (BasicBlock, (1, 1, 1, 1)),
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -31,11 +32,11 @@ class ResNet(Encoder):
 
     Args:
         depth: 10 (one block per stage), 18, 34, 50 or 101.
-        output_stride: input pixels per cell of ``layer4``, counted with the stem's pooling. At 16 and 8 the
-            strides of the last one or two stages become dilation; every second or fourth cell then holds what
-            the undilated network has there. For depth 50 and 101 this is torchvision's
+        output_stride: input pixels per cell of ``layer4``, counted with the stem's pooling. At 16, 8 and 4
+            the strides of the last one, two or three stages become dilation; every second, fourth or eighth
+            cell then holds what the undilated network has there. For depth 50 and 101 this is torchvision's
             ``replace_stride_with_dilation`` (8: ``[False, True, True]``), for all depths timm's
-            ``output_stride``.
+            ``output_stride`` (which has no 4).
         width: channels of the stem; the paper's 64.
         weights: None; the name of torchvision weights for this depth, e.g. ``"IMAGENET1K_V2"``; or the path
             of a state dict of torchvision or timm (``fc`` in it is left out).
@@ -47,8 +48,8 @@ class ResNet(Encoder):
 
     def __init__(
         self,
-        depth: Literal[10, 18, 34, 50, 101] = 50,
-        output_stride: Literal[8, 16, 32] = 32,
+        depth: Depth = 50,
+        output_stride: Literal[4, 8, 16, 32] = 32,
         width: int = 64,
         weights: str | None = None,
         stem_pool: bool = True,
@@ -57,8 +58,8 @@ class ResNet(Encoder):
             raise UserError(
                 f"ResNet depth {depth} does not exist: choose from {', '.join(map(str, _BLOCKS))}"
             )
-        if output_stride not in (8, 16, 32):
-            raise UserError(f"ResNet output_stride {output_stride} is not offered: choose 8, 16 or 32")
+        if output_stride not in (4, 8, 16, 32):
+            raise UserError(f"ResNet output_stride {output_stride} is not offered: choose 4, 8, 16 or 32")
         kind, counts = _BLOCKS[depth]
         stem = 4 if stem_pool else 2
         limit = output_stride * stem // 4
@@ -110,6 +111,12 @@ def _stage(
     ]
     blocks += [kind(out, planes, dilation=inner) for _ in range(count - 1)]
     return nn.Sequential(*blocks)
+
+
+def depth_of(counts: tuple[int, ...], bottleneck: bool) -> Depth | None:
+    """The depth with these numbers of blocks per stage and this kind of block, if there is one."""
+    kind = Bottleneck if bottleneck else BasicBlock
+    return next((depth for depth, found in _BLOCKS.items() if found == (kind, counts)), None)
 
 
 def _pretrained(depth: int, weights: str) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ def torchvision_pair(depth, **kwargs):
         (50, 32, None),
         (50, 16, [False, False, True]),
         (50, 8, [False, True, True]),
+        (50, 4, [True, True, True]),
     ],
 )
 def test_equals_torchvision(depth, output_stride, replace, train):
@@ -61,18 +62,22 @@ def test_equals_torchvision(depth, output_stride, replace, train):
     assert ours.vector_dim == found.vector.shape[1]
 
 
-@pytest.mark.parametrize("depth", [10, 18, 34, 50, 101])
-def test_dilated_network_holds_the_undilated_one(depth):
-    """What dilation is for: every 2nd (4th) cell of layer3 (layer4) has the stride-32 net's values."""
+@pytest.mark.parametrize(
+    ("depth", "output_stride"), [(10, 4), (10, 8), (10, 16), (18, 4), (34, 8), (50, 4), (50, 8), (101, 4)]
+)
+def test_dilated_network_holds_the_undilated_one(depth, output_stride):
+    """What dilation is for: every 2nd (4th, 8th) cell of the last stages has the stride-32 net's values."""
     torch.manual_seed(0)
-    plain, dilated = ResNet(depth, width=8).eval(), ResNet(depth, output_stride=8, width=8).eval()
+    plain = ResNet(depth, width=8).eval()
+    dilated = ResNet(depth, output_stride=output_stride, width=8).eval()
     dilated.load_state_dict(plain.state_dict())
-    assert dilated.strides == {"layer1": 4, "layer2": 8, "layer3": 8, "layer4": 8}
-    images = torch.rand(1, 3, 128, 64, dtype=torch.float64)
+    assert dilated.strides == {name: min(plain.strides[name], output_stride) for name in LAYERS}
+    images = torch.rand(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
         fine, coarse = dilated.double()(images).maps, plain.double()(images).maps
-    assert fine["layer4"].shape[-2:] == (16, 8)
-    for name, step in (("layer2", 1), ("layer3", 2), ("layer4", 4)):
+    assert fine["layer4"].shape[-2:] == (64 // output_stride, 96 // output_stride)
+    for name in LAYERS:
+        step = plain.strides[name] // dilated.strides[name]
         torch.testing.assert_close(fine[name][..., ::step, ::step], coarse[name])
 
 
@@ -140,7 +145,7 @@ def test_weights_without_network(monkeypatch):
     ("arguments", "message"),
     [
         ({"depth": 20}, "depth 20.*18, 34"),
-        ({"output_stride": 4}, "output_stride 4"),
+        ({"output_stride": 2}, "output_stride 2 is not offered: choose 4, 8, 16 or 32"),
         ({"depth": 18, "weights": "IMAGENET1K_V9"}, "no such file.*IMAGENET1K_V1"),
         ({"depth": 10, "weights": "IMAGENET1K_V1"}, "resnet10 are: none"),
     ],
