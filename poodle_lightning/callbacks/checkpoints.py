@@ -64,6 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Writes ``checkpoint`` at ``path`` or raises :class:`UserError`."""
+        close_epoch(checkpoint)
         write_atomically(Path(path), lambda part: torch.save(checkpoint, part))
 
     def load_checkpoint(
@@ -74,6 +75,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     ) -> dict[str, Any]:
         """Reads a checkpoint; ``weights_only`` is always true, whatever is asked."""
         return read_checkpoint(Path(path), map_location)
+
+
+def close_epoch(checkpoint: dict[str, Any]) -> None:
+    """Makes a checkpoint that was taken when an epoch had ended say so; others stay as they are.
+
+    Lightning saves there before it counts the epoch as complete. A run that is limited by steps then goes
+    through that epoch once more without a batch and counts it twice, so its data would be those of the epoch
+    after next.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop")
+    if loop is None:
+        return
+    epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    total = epochs["total"]
+    if not total["ready"] == total["started"] == total["processed"] == total["completed"] + 1:
+        return
+    for count in (total, epochs["current"]):
+        count["completed"] = count["processed"]
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
