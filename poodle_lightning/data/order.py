@@ -28,8 +28,9 @@ class Order:
     Args:
         videos: how many there are.
         passes: over them, per epoch.
-        length: positions in an epoch, over all devices, a multiple of ``stride``. Shorter than
-            ``videos · passes`` leaves some out (others in every epoch), longer begins again from the front.
+        length: positions in an epoch, over all devices; in training a multiple of ``stride``, or the devices
+            would not take the same number of steps. Shorter than ``videos · passes`` leaves some out (others
+            in every epoch), longer begins again from the front.
         stride: devices; a failed item is replaced by the one ``stride`` positions on, which is the next of
             the same device.
         seed: of the shuffle.
@@ -77,12 +78,12 @@ class RequestSampler(DistributedSampler[Request]):
             yield epoch, number * self.order.stride + self.rank
 
     def __len__(self) -> int:
-        """Requests of a whole epoch on this device, wherever it starts."""
-        return self.order.length // self.order.stride
+        """Requests of a whole epoch on this device, wherever it starts; no position is asked for twice."""
+        return len(range(self.rank, self.order.length, self.order.stride))
 
 
 class ClipLoader(DataLoader[Any]):
-    """A loader that starts where training stands.
+    """A loader that starts where training stands, of clips or of labelled images.
 
     Lightning may ask for an iterator before it has restored its counters, so the start is looked up when the
     first batch is asked for.
