@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from kornia.geometry.transform import get_affine_matrix2d
@@ -15,22 +16,38 @@ from poodle_lightning.types import View
 
 
 class AffineFlip(Configured):
-    """A rotation and scaling about the centre, then a horizontal flip. Defaults: PooDLe's.
+    """A rotation and scaling about the centre, a shift, then a horizontal flip. Defaults: PooDLe's.
 
     Args:
         degrees: rotation drawn from [−d, d].
         scale: range of the magnification.
         flip: probability of the flip.
+        shift: largest shift of the centre along each axis, as a share of the image's width and height. With
+            0, the papers' value, the centre of every view stays in its place, so that a position in the view
+            tells the position in the crop.
+        outside: what is shown beyond the crop: "black", as in the authors' code, or the "border" pixels
+            repeated. A black frame gives the view's geometry away.
     """
 
     def __init__(
-        self, degrees: float = 10.0, scale: tuple[float, float] = (0.9, 1.1), flip: float = 0.5
+        self,
+        degrees: float = 10.0,
+        scale: tuple[float, float] = (0.9, 1.1),
+        flip: float = 0.5,
+        shift: float = 0.0,
+        outside: Literal["black", "border"] = "black",
     ) -> None:
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"AffineFlip: scale must be 0 < low <= high, not {scale}")
+        if not 0 <= shift < 1:
+            raise ValueError(f"AffineFlip: shift must lie in [0, 1), not {shift}")
+        if outside not in ("black", "border"):
+            raise ValueError(f'AffineFlip: outside must be "black" or "border", not {outside!r}')
         self.degrees = degrees
         self.scale = scale
         self.flip = flip
+        self.shift = shift
+        self.outside = outside
 
     def draw(self, keys: Tensor, size: Size) -> Affine:
         """``to_clean`` of one view per key, on the host."""
@@ -39,8 +56,9 @@ class AffineFlip(Configured):
         angle = uniform(fold(keys, "angle"), 1, -self.degrees, self.degrees)[:, 0]
         scale = uniform(fold(keys, "scale"), 1, *self.scale).expand(-1, 2)
         centre = torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(batch, 2)
+        moved = uniform(fold(keys, "shift"), 2, -self.shift, self.shift) * torch.tensor([width, height])
         with island("cpu"):
-            matrix = get_affine_matrix2d(torch.zeros(batch, 2), centre, scale, angle).double()
+            matrix = get_affine_matrix2d(moved, centre, scale, angle).double()
         flipped = torch.eye(3, dtype=torch.float64).repeat(batch, 1, 1)
         rows = bernoulli(fold(keys, "flip"), self.flip)[:, 0]
         flipped[rows, 0, 0], flipped[rows, 0, 2] = -1.0, float(width - 1)
@@ -48,11 +66,11 @@ class AffineFlip(Configured):
 
     @torch.no_grad()
     def __call__(self, images: Tensor, keys: Tensor) -> View:
-        """A view of ``images (B, 3, H, W)``, of the same size; what lies outside the crop is zero."""
+        """A view of ``images (B, 3, H, W)``, of the same size."""
         size = (images.shape[-2], images.shape[-1])
         to_clean = self.draw(keys, size).to(images.device)
         image, seen = pull(images, to_clean, size)
-        return View(image * seen[:, None], to_clean)
+        return View(image if self.outside == "border" else image * seen[:, None], to_clean)
 
 
 def draw_views(view: AffineFlip | None, u: Tensor, v: Tensor, keys: Tensor) -> tuple[View, View]:

@@ -26,7 +26,8 @@ Deviations, each with its switch:
 * The flow net's BatchNorm stays in evaluation mode; the authors' ``train()`` puts it in training mode.
 * The target moves after the optimiser's step, once per step, not at the start of each forward pass.
 * Subcrop boxes are not rounded to whole pixels.
-* Dense views are black outside the crop, before normalisation; that part is outside the loss.
+* Dense views are black outside the crop, before normalisation; that part is outside the loss
+  (``AffineFlip(outside="border")`` repeats the border instead).
 """
 
 from __future__ import annotations

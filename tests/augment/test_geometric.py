@@ -92,3 +92,27 @@ def test_views_of_the_two_branches_are_drawn_separately():
 def test_impossible_ranges_are_refused(make):
     with pytest.raises(ValueError, match="must be 0 <"):
         make()
+
+
+def test_a_shift_moves_the_centre_within_its_share_and_nothing_else():
+    still, moved = AffineFlip(flip=0.0), AffineFlip(flip=0.0, shift=0.2)
+    a, b = still.draw(keys(300), SIZE), moved.draw(keys(300), SIZE)
+    assert torch.allclose(a.matrix[:, :2, :2], b.matrix[:, :2, :2])
+    # where the crop's centre stands in the view: twice the share, since the extent is 2 wide
+    where = b.inverse()(torch.zeros(300, 1, 1, 2)).reshape(-1, 2)
+    assert where.abs().max() <= 0.4 + 1e-5
+    assert (where.abs().amax(dim=0) > 0.38).all()
+    assert where.mean(dim=0).abs().max() < 0.05
+
+
+def test_outside_the_crop_is_black_or_the_border_repeated():
+    white = torch.ones(6, 3, *SIZE)
+    small = {"degrees": 0.0, "scale": (0.5, 0.5)}
+    assert AffineFlip(**small)(white, keys(6)).image.mean() == pytest.approx(0.25, abs=0.02)
+    assert torch.equal(AffineFlip(**small, outside="border")(white, keys(6)).image, white)
+
+
+@pytest.mark.parametrize("wrong", [{"shift": -0.1}, {"shift": 1.0}, {"outside": "grey"}])
+def test_impossible_shifts_and_borders_are_refused(wrong):
+    with pytest.raises(ValueError, match="must"):
+        AffineFlip(**wrong)
