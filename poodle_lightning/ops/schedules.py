@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def _half_cosine(progress: float) -> float:
@@ -44,3 +45,32 @@ def cosine_momentum(step: float, start: float, end: float, horizon: float) -> fl
     if step >= horizon:
         return end
     return end - (end - start) * _half_cosine(step / horizon)
+
+
+def poly(step: float, base: float, end: float, power: float, horizon: float) -> float:
+    """``(base - end) (1 - step / horizon) ** power + end``, then ``end``.
+
+    Args:
+        step: optimiser steps done so far; 0 at the first.
+        base: value at step 0.
+        end: value at the horizon and after it.
+        power: 1 is a straight line; DeepLab's 0.9.
+        horizon: steps at which ``end`` is reached.
+
+    Source: mmcv ``PolyLrUpdaterHook``; Chen et al., DeepLab (2018), section 4.1.2, with ``end`` = 0.
+    """
+    return (base - end) * (1.0 - min(step / horizon, 1.0)) ** power + end
+
+
+def steps(step: float, base: float, milestones: Sequence[float], gamma: float) -> float:
+    """``base``, multiplied by ``gamma`` at every milestone that is reached (detectron2 ``SOLVER.STEPS``)."""
+    return base * gamma ** sum(step >= milestone for milestone in milestones)
+
+
+def warmup_factor(step: float, warmup: float, ratio: float) -> float:
+    """Linear from ``ratio`` at step 0 to 1 at the end of the warm-up, then 1.
+
+    It multiplies the value that the schedule has at the same step (mmcv ``warmup='linear'``, detectron2
+    ``WarmupParamScheduler``).
+    """
+    return 1.0 if step >= warmup else ratio + (1.0 - ratio) * step / warmup

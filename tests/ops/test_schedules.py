@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from poodle_lightning.ops.schedules import cosine_momentum, warmup_cosine
+from poodle_lightning.ops.schedules import cosine_momentum, poly, steps, warmup_cosine, warmup_factor
 
 EPOCHS, STEPS = 300, 7
 
@@ -51,3 +51,22 @@ def test_constant_after_the_horizon(after):
 def test_momentum_with_another_end():
     assert cosine_momentum(50, 0.9, 0.98, 100) == pytest.approx(0.94)
     assert cosine_momentum(25, 0.9, 0.98, 100) == pytest.approx(0.98 - 0.08 * (math.sqrt(0.5) + 1) / 2)
+
+
+def test_poly_equals_its_closed_form():
+    found = [poly(step, 0.02, 1e-4, 0.9, 100) for step in range(150)]
+    expected = (0.02 - 1e-4) * (1 - np.minimum(np.arange(150), 100) / 100) ** 0.9 + 1e-4
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert (found[0], found[100], found[149]) == (pytest.approx(0.02), 1e-4, 1e-4)
+
+
+def test_steps_fall_at_their_milestones():
+    found = [steps(step, 0.02, (3, 5), 0.1) for step in range(7)]
+    np.testing.assert_allclose(found, [0.02] * 3 + [0.002] * 2 + [0.0002] * 2, rtol=1e-12)
+
+
+def test_warm_up_is_a_line_from_its_ratio_to_one():
+    np.testing.assert_allclose(
+        [warmup_factor(step, 4, 0.2) for step in range(6)], [0.2, 0.4, 0.6, 0.8, 1.0, 1.0], rtol=1e-12
+    )
+    assert warmup_factor(0, 0, 0.5) == 1.0
