@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from poodle_lightning.commands._pretraining import Start, fast_precision, side_by_side
 
 if TYPE_CHECKING:
     from poodle_lightning.commands import Build
@@ -79,40 +79,26 @@ def _train(names: list[str], videos: Path, out: Path, steps: int) -> dict[str, P
     from poodle_lightning.runs import folders
     from poodle_lightning.types import UserError
 
-    threads = max(1, (os.cpu_count() or 1) // len(names))
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    started: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
-    try:
-        for number, name in enumerate(names):
-            log = out / f"{name}.log"
-            output: Any = None if number == 0 else log.open("wb")
-            command = _command(name, videos, out, steps)
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            started[name] = (process, log)
-        failed = [name for name, (process, _) in started.items() if process.wait() != 0]
-    finally:
-        for process, _ in started.values():
-            if process.poll() is None:
-                process.terminate()
+    starts = [
+        Start(name, _words(name, videos, out, steps), out / f"{name}.log" if number else None)
+        for number, name in enumerate(names)
+    ]
+    failed = side_by_side(starts, threads=max(1, (os.cpu_count() or 1) // len(names)))
     if failed:
-        where = "the messages above" if failed[0] == names[0] else started[failed[0]][1]
-        raise UserError(f"training {METHODS[failed[0]]} failed: see {where}")
+        where = failed[0].log or "the messages above"
+        raise UserError(f"training {METHODS[failed[0].name]} failed: see {where}")
     return {name: folders(out / "runs" / f"demo_{name}")[-1] for name in names}
 
 
-def _command(name: str, videos: Path, out: Path, steps: int) -> list[str]:
-    import torch
-
-    # bfloat16 halves the time where the CPU multiplies it, and is slow where it does not
-    fast = hasattr(torch.cpu, "_is_avx512_bf16_supported") and torch.cpu._is_avx512_bf16_supported()
+def _words(name: str, videos: Path, out: Path, steps: int) -> list[str]:
     return [
-        *(sys.executable, "-m", "poodle_lightning", "fit", "--config", f"experiment/demo_{name}.yaml"),
+        *("--config", f"experiment/demo_{name}.yaml"),
         f"--data.root={videos}",
         f"--trainer.default_root_dir={out / 'runs'}",
         f"--trainer.max_steps={steps}",
         f"--model.recipe.horizon_steps={steps}",
         f"--model.recipe.warmup_steps={min(50, steps // 10)}",
-        f"--trainer.precision={'bf16-mixed' if fast else '32-true'}",
+        f"--trainer.precision={fast_precision(on_cpu=True)}",
     ]
 
 

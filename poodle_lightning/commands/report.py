@@ -14,6 +14,7 @@ import torch
 from poodle_lightning.callbacks.checkpoints import read_checkpoint
 from poodle_lightning.methods.base import Method
 from poodle_lightning.report import Material, gather, write_report
+from poodle_lightning.report.results import read_result
 from poodle_lightning.runs import DEFAULT_ROOT, folders, newest_checkpoint
 from poodle_lightning.types import UserError
 
@@ -57,6 +58,9 @@ def run(args: argparse.Namespace, build: Build) -> int:
         UserError: there is no such run.
     """
     folder = find_run(Path(args.root), args.run)
+    if read_result(folder) is not None:  # an evaluation, which has its own pictures
+        print(write_report(folder, out=args.out))
+        return 0
     try:
         material = material_of(
             folder, build, args.overrides, pairs=args.pairs, labelled=args.labelled, device=args.device
