@@ -8,8 +8,10 @@ from typing import Any, Literal, Self
 
 from torch import nn, optim
 
-from poodle_lightning.ops.schedules import cosine_momentum, warmup_cosine
+from poodle_lightning.ops.schedules import cosine_momentum, poly, steps, warmup_cosine, warmup_factor
 from poodle_lightning.types import UserError
+
+Decay = Literal["cosine", "poly", "step", "constant"]
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,25 @@ class Schedule:
         horizon: steps.
         ema_start: momentum at step 0.
         ema_end: momentum at the horizon.
+        decay: how the learning rate falls. ``cosine`` is that of the methods, whose warm-up is a part of it;
+            with the others the warm-up is a factor (``warmup_factor``).
+        power: of ``poly``.
+        milestones: steps at which ``step`` multiplies the rate by ``gamma``.
+        gamma: of ``step``.
+        warmup_ratio: the factor at step 0.
     """
 
     base_lr: float
     min_lr: float
     warmup: int
     horizon: int
-    ema_start: float
-    ema_end: float
+    ema_start: float = 1.0
+    ema_end: float = 1.0
+    decay: Decay = "cosine"
+    power: float = 1.0
+    milestones: tuple[int, ...] = ()
+    gamma: float = 0.1
+    warmup_ratio: float = 0.0
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, steps_per_epoch: int, global_batch: int | None = None) -> Self:
@@ -190,7 +203,14 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """Learning rate of optimiser step ``step``, counted from 0."""
-        return warmup_cosine(step, self.base_lr, self.min_lr, self.warmup, self.horizon)
+        if self.decay == "cosine":
+            return warmup_cosine(step, self.base_lr, self.min_lr, self.warmup, self.horizon)
+        rate = self.base_lr
+        if self.decay == "poly":
+            rate = poly(step, self.base_lr, self.min_lr, self.power, self.horizon)
+        elif self.decay == "step":
+            rate = steps(step, self.base_lr, self.milestones, self.gamma)
+        return rate * warmup_factor(step, self.warmup, self.warmup_ratio)
 
     def momentum(self, step: int) -> float:
         """Momentum of the target network at optimiser step ``step``, counted from 0."""
