@@ -12,22 +12,16 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import poodle_lightning
-from poodle_lightning import commands, recipes
+from poodle_lightning import commands
+from poodle_lightning.words import TRAINING, evaluate_usage, read_evaluation, read_words, usage
 
 if TYPE_CHECKING:
     import lightning as L
 
-TRAINING = {
-    "fit": "train, or go on with --ckpt_path last",
-    "validate": "loss and health on held-out clips",
-    "test": "the test loop of a model that has one",
-    "predict": "the predict loop of a model that has one",
-}
 # Whose classes a configuration may name. Importing a module runs it, so nothing else is imported for a
 # `class_path`; torch and lightning as a whole reach functions that run code, hence only parts of them.
 ALLOWED = [
@@ -36,13 +30,14 @@ ALLOWED = [
     *("lightning.pytorch.accelerators", "lightning.fabric.plugins", "lightning.pytorch.demos.boring_classes"),
     "datetime.timedelta",
 ]
-_CLASSES = ("methods", "flow", "nn", "augment", "data")
+_CLASSES = ("methods", "flow", "nn", "augment", "data", "evaluation", "callbacks")
 # Said by Lightning and jsonargparse about each other at every start.
 _NOISE = [
     r".*deprecated (in|since) v4\..* will be removed in v5\..*",
     r".*instantiate_subclass_spec_in_any.*",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated.*",
     r"Checkpoint directory .* exists and is not empty.*",  # going on in a run's folder is meant
+    r"Found \d+ module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
 ]
 _log = logging.getLogger("poodle_lightning")
 
@@ -96,66 +91,18 @@ def build(
     return cli.model, cli.datamodule
 
 
-# ---- words
-@dataclass
-class Request:
-    """A command line's words, sorted.
-
-    Args:
-        words: for the parser; configuration files first, by full path.
-        name: of the experiment, where nothing else names it.
-        allow: packages that configurations may name classes of.
-    """
-
-    words: list[str]
-    name: str = "run"
-    allow: list[str] = field(default_factory=list)
-
-
-def read_words(words: Sequence[str]) -> Request:
-    """Finds configuration files by name, and puts them before the overrides whatever the order.
-
-    Raises:
-        UserError: a file is not found, or a word is missing.
-    """
-    configs: list[Path] = []
-    allow: list[str] = []
-    rest: list[str] = []
-    model = None
-    waiting = iter(words)
-    for word in waiting:
-        flag, equals, value = word.partition("=")
-        if flag in ("--config", "-c", "--allow"):
-            value = value if equals else next(waiting, "")
-            if not value or value.startswith("--"):
-                _fail(f"{flag} needs a value")
-            if flag == "--allow":
-                allow += [name for name in value.split(",") if name]
-            else:
-                configs.append(recipes.find(value))
-            continue
-        if flag in ("--model", "--data", "--trainer"):
-            value = value if equals else next(waiting, "")
-            model = value if flag == "--model" else model
-            # a fragment by its shipped name, e.g. --trainer trainer/cpu.yaml
-            rest += [flag, str(recipes.find(value)) if value.endswith((".yaml", ".yml")) else value]
-            continue
-        rest.append(word)
-    plain = Path(model or "run")
-    named = plain.stem if plain.suffix in (".yaml", ".yml") else plain.name.rsplit(".", 1)[-1]
-    name = "+".join(path.stem for path in configs) or named
-    front = [word for path in configs for word in ("--config", str(path))]
-    return Request(front + rest, name, allow)
-
-
+# ---- verbs
 def _dispatch(words: list[str], stack: ExitStack) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+        print(usage({verb: commands.help_of(module) for verb, module in commands.names().items()}))
         return 0
     if words[0] == "--version":
         print(f"poodle-lightning {poodle_lightning.__version__}")
         return 0
     verb, rest = words[0], words[1:]
+    if verb == "evaluate":
+        _evaluate(rest, stack)
+        return 0
     if verb in TRAINING:
         _train(verb, rest, stack)
         return 0
@@ -165,24 +112,6 @@ def _dispatch(words: list[str], stack: ExitStack) -> int:
     from poodle_lightning.messages import did_you_mean
 
     _fail(f"no command {verb!r}{did_you_mean(verb, [*TRAINING, *known]) or ': see poodle-lightning --help'}")
-
-
-def usage() -> str:
-    """The list of verbs; imports none of them."""
-    lines = ["usage: poodle-lightning VERB [options]      (poodle-lightning VERB --help for the options)", ""]
-    rows = list(TRAINING.items()) + [
-        (verb, commands.help_of(module)) for verb, module in commands.names().items()
-    ]
-    lines += [f"  {verb:<16} {text}" for verb, text in rows]
-    lines += [
-        "",
-        "  --config FILE    a configuration; repeat it to layer files (`list` shows the shipped ones)",
-        "  --allow NAME     let configurations name classes of your own package NAME (also from this folder)",
-        "  --debug          show the traceback of an error",
-        "",
-        "  poodle-lightning fit --config experiment/quickstart.yaml --data.root my_videos/",
-    ]
-    return "\n".join(lines)
 
 
 # ---- training verbs
@@ -195,6 +124,39 @@ def _train(verb: str, words: list[str], stack: ExitStack) -> None:
     _quieten_lightning()
     command = ["poodle-lightning", verb, *words]
     TrainingCLI([verb, *request.words], request.name, command=command, stack=stack)
+
+
+def _evaluate(words: list[str], stack: ExitStack) -> None:
+    """Train and score, once or for several seeds; every run has its folder."""
+    if not words or "-h" in words or "--help" in words:
+        print(evaluate_usage())
+        return
+    command = ["poodle-lightning", "evaluate", *words]
+    asked = read_evaluation(words)
+    request, count = asked.request, asked.runs
+    stack.enter_context(_policy(request.allow))
+    from poodle_lightning.evaluating import EvaluationCLI
+    from poodle_lightning.report.results import write_summary
+
+    _import_classes()
+    _quieten_lightning()
+    contents: list[dict[str, Any]] = []
+    folder = Path()
+    for number in range(count):
+        with ExitStack() as own:
+            words = ["fit", *request.words]
+            check = asked.check and number == 0  # the data are the same in every run
+            cli = EvaluationCLI(
+                words, request.name, command=command, stack=own, run_number=number, check=check
+            )
+            assert cli.run_folder is not None
+            folder = cli.run_folder
+            contents += [cli.content] if cli.content is not None else []
+    if count > 1 and len(contents) == count:
+        summary = write_summary(folder, contents)
+        name = summary["headline"]
+        mean, spread = summary["mean"][name], summary["std"][name]
+        print(f"{name} of {count} runs: {100 * mean:.2f} ± {100 * spread:.2f} %  ({folder / 'runs.md'})")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ _ABSENT = re.compile(r"Requirement '([\w-]+)[^']*' not met")
 _EXTRAS = {"tensorboard": "log", "wandb": "wandb"}
 _WANTED = re.compile(r"(Expected [^\n]+?)\. Got value: ([^\n]*)")
 _YAML = re.compile(r"Problems parsing config: ([^\n]+)")
+_NESTED = re.compile(r"NestedArg\(key='([^']+)'")
 _LINE = re.compile(r"line (\d+), column (\d+)")
 
 
@@ -80,6 +81,10 @@ def _refused(message: str, flags: list[str]) -> str | None:
     if path in ("lightning.LightningModule", "lightning.LightningDataModule"):
         key = _key(message, found.start()).split(".")[0]
         return f"{key}: no class given: add --{key} NAME, or class_path in the configuration"
+    if path == "lightning.Callback":
+        option = _NESTED.search(message)
+        wrong = f".{option[1]}" if option else ""
+        return f"{_key(message, found.start())}{wrong}: no callback of the configuration has such an option"
     package = path.split(".")[0]
     return (
         f"{_key(message, found.start())}: {path} may not be imported; if you trust it, add --allow {package}"

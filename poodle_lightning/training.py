@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.nn import Parameter
 
 from poodle_lightning import runs
 from poodle_lightning.callbacks.checkpoints import AtomicCheckpointIO, check_fits
@@ -27,7 +28,9 @@ from poodle_lightning.callbacks.metrics_file import MetricsFile
 from poodle_lightning.callbacks.record import Record
 from poodle_lightning.callbacks.throughput import ProgressBar, Throughput
 from poodle_lightning.data.video import VideoDataModule
+from poodle_lightning.evaluation.base import Evaluation
 from poodle_lightning.methods.base import Method
+from poodle_lightning.report.results import report_result
 from poodle_lightning.types import UserError
 
 _log = logging.getLogger(__name__)
@@ -236,10 +239,14 @@ class TrainingCLI(LightningCLI):
         )
         if self._checkpoint is not None:
             _log.info("going on from %s", self._checkpoint)
-        elif self.subcommand != "fit":
+        elif self.subcommand != "fit" and getattr(self.model, "trains", True):
             _log.warning("no --ckpt_path: the model has its initial weights")
-        trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        _log.info("%s: %.2f M trainable parameters", type(self.model).__name__, trainable / 1e6)
+        name, parameters = type(self.model).__name__, list(self.model.parameters())
+        if isinstance(self.model, Evaluation):  # its head is made when the classes are known
+            _log.info("%s of an encoder of %.2f M parameters", name, _millions(parameters))
+        else:
+            trainable = [parameter for parameter in parameters if parameter.requires_grad]
+            _log.info("%s: %.2f M trainable parameters", name, _millions(trainable))
         _log.info("run folder: %s", self.run_folder)
 
     def before_fit(self) -> None:
@@ -250,6 +257,24 @@ class TrainingCLI(LightningCLI):
         """As before fit."""
         self._begin()
 
+    def after_validate(self) -> None:
+        """Writes the result of an evaluation."""
+        if isinstance(self.model, Evaluation):
+            report_result(self.trainer, self.model, self.datamodule, self.about())
+
+    def about(self) -> dict[str, Any]:
+        """What an evaluation's result is of: encoder, configuration, seed, checkpoint of the head."""
+        config = self.config[str(self.subcommand)]
+        encoder = (config["model"].get("init_args") or {}).get("encoder")
+        if not isinstance(encoder, str):
+            encoder = type(getattr(self.model, "encoder", None)).__name__
+        return {
+            "encoder": encoder,
+            "config": config["name"],
+            "seed": int(config["seed_everything"] or 0),
+            "checkpoint": None if self._checkpoint is None else str(self._checkpoint),
+        }
+
     def before_test(self) -> None:
         """As before fit."""
         self._begin()
@@ -257,6 +282,10 @@ class TrainingCLI(LightningCLI):
     def before_predict(self) -> None:
         """As before fit."""
         self._begin()
+
+
+def _millions(parameters: Sequence[Parameter]) -> float:
+    return sum(parameter.numel() for parameter in parameters) / 1e6
 
 
 def _same_kind(mine: L.Callback, given: L.Callback) -> bool:

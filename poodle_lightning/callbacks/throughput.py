@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from poodle_lightning.types import LabelledBatch
+
 _log = logging.getLogger(__name__)
 _GIB = 2.0**30
 
@@ -20,7 +22,8 @@ _GIB = 2.0**30
 class Throughput(L.Callback):
     """Logs ``perf/pairs_per_s``, ``perf/data_wait`` and, on CUDA, ``perf/gpu_gb`` of each logging interval.
 
-    * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out).
+    * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out); labelled
+      images are ``perf/images_per_s``.
     * ``perf/data_wait``: share of the training time in which the host stood waiting for the next batch. The
       device may still have been at work, so this is an upper bound of what faster data would save.
     * ``perf/gpu_gb``: peak memory of this process's tensors so far, GiB.
@@ -32,6 +35,7 @@ class Throughput(L.Callback):
     def __init__(self, print_every: float | None = None) -> None:
         self.print_every = print_every
         self.latest: dict[str, float] = {}
+        self._unit = "pairs"
         self._clear()
         self._left = self._began = self._printed = 0.0
 
@@ -66,6 +70,7 @@ class Throughput(L.Callback):
         """Counts the batch; at a logging step, reports."""
         self._left = time.perf_counter()
         self._worked += self._left - self._began
+        self._unit = "images" if isinstance(batch, LabelledBatch) else "pairs"
         self._pairs += clips_in(batch) * trainer.world_size
         step = trainer.global_step
         self._steps += step - self._last_step
@@ -77,7 +82,7 @@ class Throughput(L.Callback):
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
         elapsed = self._worked + self._waited
-        perf = {"perf/pairs_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
+        perf = {f"perf/{self._unit}_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
         if pl_module.device.type == "cuda":
             perf["perf/gpu_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / _GIB
         if trainer.global_step % logging_interval(trainer) == 0:
@@ -117,8 +122,8 @@ class Throughput(L.Callback):
         words: dict[str, str] = {}
         if "loss" in self.latest:
             words["loss"] = f"{self.latest['loss']:.4f}"
-        if "perf/pairs_per_s" in self.latest:
-            words["pairs/s"] = f"{self.latest['perf/pairs_per_s']:.3g}"
+        if f"perf/{self._unit}_per_s" in self.latest:
+            words[f"{self._unit}/s"] = f"{self.latest[f'perf/{self._unit}_per_s']:.3g}"
             words["data wait"] = f"{100 * self.latest['perf/data_wait']:.0f}%"
         if "perf/gpu_gb" in self.latest:
             words["GiB"] = f"{self.latest['perf/gpu_gb']:.1f}"

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from poodle_lightning.data.label_batches import LabelledDataset, collate
@@ -19,7 +18,7 @@ from poodle_lightning.data.label_lists import CocoSource, VocSource
 from poodle_lightning.data.label_sources import LabelSource, LayoutSource, Split
 from poodle_lightning.data.label_streets import StreetLabels, SyntheticLabels
 from poodle_lightning.data.label_views import TestView, TrainView, covering
-from poodle_lightning.data.order import ClipLoader, Order, RequestSampler
+from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
 from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import ClassSet, LabelledBatch, UserError
@@ -243,19 +242,10 @@ class LabelledDataModule(L.LightningDataModule):
         }
 
     def _consumed(self) -> int:
-        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training:
+        if self.trainer is None or not self.trainer.training:
             return 0
-        consumed = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        before, now = self._resumed_order, self._order_facts()
-        if consumed and before is not None and before != now:
-            changed = ", ".join(
-                f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]
-            )
-            rank_zero_warn(f"the epoch cannot go on as it began ({changed}): its rest is of a new order")
-        self._resumed_order = None
-        return consumed
+        before, self._resumed_order = self._resumed_order, None
+        return batches_used(self.trainer, before, self._order_facts())
 
     # ---- settings
     @property

@@ -7,10 +7,11 @@ same global size, and a run can be continued from the number of batches that wer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -119,3 +120,20 @@ class ClipLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take over."""
+
+
+def batches_used(trainer: Any, before: Mapping[str, int] | None, now: Mapping[str, int]) -> int:
+    """Batches of the current epoch that were used: Lightning's own count, right after a restart too.
+
+    Args:
+        trainer: that is training.
+        before: what the order depended on where the epoch began, if it was in another run.
+        now: what it depends on; where that differs, a warning says so.
+    """
+    used = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+    if used and before is not None and before != now:
+        changed = ", ".join(
+            f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]
+        )
+        rank_zero_warn(f"the epoch cannot go on as it began ({changed}): its rest is taken from a new order")
+    return used

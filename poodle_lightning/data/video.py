@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from poodle_lightning.data.cached_flow import FixedPairs
 from poodle_lightning.data.clips import ClipDataset, Exhausted, PixelFlow, collate
 from poodle_lightning.data.frames import FramesSource
-from poodle_lightning.data.order import ClipLoader, Order, RequestSampler
+from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
 from poodle_lightning.data.skips import Ledger, listed
 from poodle_lightning.data.sources import BDD100KSource, Entry, FolderSource, Source, WalkingToursSource
@@ -262,21 +262,10 @@ class VideoDataModule(L.LightningDataModule):
         }
 
     def _consumed(self) -> int:
-        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
-        trainer = self.trainer
-        if trainer is None or not trainer.training:
+        if self.trainer is None or not self.trainer.training:
             return 0
-        consumed = int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        before, now = self._resumed_order, self._order_facts()
-        if consumed and before is not None and before != now:
-            changed = ", ".join(
-                f"{key} {before.get(key)} → {now[key]}" for key in now if before.get(key) != now[key]
-            )
-            rank_zero_warn(
-                f"the epoch cannot go on as it began ({changed}): its rest is taken from a new order"
-            )
-        self._resumed_order = None
-        return consumed
+        before, self._resumed_order = self._resumed_order, None
+        return batches_used(self.trainer, before, self._order_facts())
 
     def _processed(self) -> int | None:
         trainer = self.trainer

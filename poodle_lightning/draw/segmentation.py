@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poodle_lightning.draw.canvas import LIGHT, Theme, colour, figure
 from poodle_lightning.draw.flow import hsv_to_rgb
+from poodle_lightning.types import IGNORE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,6 +49,21 @@ def palette(names: Sequence[str]) -> Tensor:
 def colour_labels(labels: Tensor, colours: Tensor) -> Tensor:
     """Label maps ``(B, H, W)`` as pictures ``(B, 3, H, W)`` in [0, 1]; ``colours`` from ``palette``."""
     return colours[labels.detach().cpu().long()].movedim(-1, 1)
+
+
+def errors(truth: Tensor, guess: Tensor) -> Tensor:
+    """Where a prediction is wrong: red; right: light grey; not judged: black.
+
+    Args:
+        truth: ``(B, H, W)`` label values, 255 = ignore.
+        guess: ``(B, H, W)`` classes.
+
+    Returns:
+        ``(B, 3, H, W)`` in [0, 1].
+    """
+    shades = torch.tensor([(0.88, 0.88, 0.88), (0.85, 0.1, 0.1), IGNORE_COLOUR])
+    kind = torch.where(truth == IGNORE, 2, (truth.long() != guess.long()).long())
+    return shades[kind.cpu()].movedim(-1, 1)
 
 
 def class_bars(

@@ -17,6 +17,7 @@ from poodle_lightning.draw.flow import arrows, flow_colours, longest_of, visibil
 from poodle_lightning.draw.pairs import Warped, difference, warp_pairs
 from poodle_lightning.draw.pca import fit as fit_directions
 from poodle_lightning.draw.segmentation import class_bars, colour_labels, palette
+from poodle_lightning.report import evaluations
 from poodle_lightning.report.files import RunFiles, Skipped
 from poodle_lightning.report.material import FeatureMaps, LabelReadout, Material
 from poodle_lightning.report.page import (
@@ -55,8 +56,10 @@ def write_report(run: str | Path, material: Material | None = None, out: str | P
     files, shown = RunFiles(Path(run)), material or Material()
     metrics = files.metrics()
     parts = (
+        evaluations.result(files),
         loss(metrics),
         health(metrics),
+        evaluations.probes(metrics),
         frames(shown.look, shown.held_out),
         *motion(shown.look),
         views(shown.look),

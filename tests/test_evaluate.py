@@ -1,0 +1,157 @@
+"""``evaluate`` from end to end: one command trains a head, scores it, and writes what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import lightning.pytorch  # noqa: F401  # its log handlers keep the stderr of the moment of import
+import numpy as np
+import pytest
+import torch
+from tiny_models import tiny_encoder
+
+from poodle_lightning import cli, save_pretrained
+
+LINEAR = """
+# A linear readout, for tests
+model:
+  class_path: poodle_lightning.evaluation.segmentation.Segmentation
+  init_args: {output_stride: 8}
+data:
+  class_path: poodle_lightning.data.labelled.LabelledDataModule
+  init_args: {source: synthetic, batch_size: 2, num_workers: 0, synthetic: {train: 4, val: 3, size: [32, 64]}}
+trainer: {accelerator: cpu, devices: 1, max_steps: 3, log_every_n_steps: 1, enable_progress_bar: false}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("linear.yaml").write_text(LINEAR.lstrip())
+    Path("retrieval.yaml").write_text(
+        LINEAR.lstrip()
+        .replace("segmentation.Segmentation", "retrieval.DenseRetrieval")
+        .replace("{output_stride: 8}", "{recipe: {k: 3}}")
+    )
+    torch.manual_seed(0)
+    save_pretrained(tiny_encoder(), "encoder")
+    return tmp_path
+
+
+def evaluate(*words, config="linear.yaml", encoder="encoder"):
+    given = [] if encoder is None else ["--encoder", encoder]
+    return cli.main(["evaluate", "--config", config, *given, *words])
+
+
+def runs_of(name):
+    return sorted(Path("runs", name).iterdir())
+
+
+def test_one_command_trains_scores_and_writes(folder, capsys):
+    assert evaluate() == 0
+    (run,) = runs_of("linear")
+    found = json.loads((run / "result.json").read_text())
+    assert found["encoder"] == "encoder"
+    assert (found["seed"], found["step"], found["headline"]) == (0, 3, "miou")
+    assert found["counts"]["images"] == 3
+    assert found["value"] == found["scores"]["miou"]
+    assert "| encoder |" in (run / "result.md").read_text()
+    assert 0 < len(list((run / "pictures").glob("*.png"))) <= 3
+    assert "keys matched" in capsys.readouterr().err
+    # the head's checkpoint gives the same scores again
+    assert (
+        cli.main(["validate", "--config", "linear.yaml", "--encoder", "encoder"]) == 2
+    )  # a word of evaluate
+    words = ["--model.encoder=encoder", "--ckpt_path", str(run)]
+    assert cli.main(["validate", "--config", "linear.yaml", *words]) == 0
+    again = json.loads((runs_of("linear")[1] / "result.json").read_text())
+    assert again["scores"] == found["scores"]
+    assert cli.main(["report", "--run", str(run)]) == 0
+    assert "Evaluation" in (run / "report" / "index.html").read_text()
+
+
+def test_runs_differ_in_their_seed_and_are_averaged(folder, capsys):
+    assert evaluate("--runs", "2", "--seed_everything", "5") == 0
+    first, second = runs_of("linear")
+    found = [json.loads((run / "result.json").read_text()) for run in (first, second)]
+    assert [one["seed"] for one in found] == [5, 6]
+    assert found[0]["details"]["loss"] != found[1]["details"]["loss"]
+    summary = json.loads((second / "runs.json").read_text())
+    mean = sum(one["scores"]["pixel_accuracy"] for one in found) / 2
+    assert summary["mean"]["pixel_accuracy"] == pytest.approx(mean)
+    assert "miou of 2 runs" in capsys.readouterr().out
+
+
+def test_what_trains_nothing_is_scored_at_once(folder):
+    assert evaluate(config="retrieval.yaml") == 0
+    (run,) = runs_of("retrieval")
+    found = json.loads((run / "result.json").read_text())
+    assert found["step"] == 0
+    assert 0 <= found["scores"]["miou"] <= 1
+    assert not (run / "checkpoints").exists()
+
+
+def test_going_on_gives_the_same_result_as_one_go(folder):
+    assert evaluate("--trainer.max_steps", "2", "--model.recipe.horizon_steps", "3", "--name", "parts") == 0
+    assert evaluate("--ckpt_path", "last", "--model.recipe.horizon_steps", "3", "--name", "parts") == 0
+    assert evaluate("--model.recipe.horizon_steps", "3", "--name", "whole") == 0
+    (parts,), (whole,) = runs_of("parts"), runs_of("whole")
+    found = [json.loads((run / "result.json").read_text())["scores"] for run in (parts, whole)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "encoder", "message"),
+    [
+        (["--runs", "0"], "encoder", "--runs 0: give a number of runs"),
+        (["--runs"], "encoder", "--runs needs a value"),
+        ([], None, "no encoder"),
+        ([], "nowhere", "nowhere"),
+        (["--model.output_stride", "7"], "encoder", "output_stride"),
+        (["--model.classes", "4"], "encoder", "19 classes"),
+        (["--data.rooot", "x"], "encoder", "did you mean root"),
+    ],
+)
+def test_mistakes_are_one_line(folder, capsys, words, encoder, message):
+    assert evaluate(*words, encoder=encoder) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert message in said[0]
+
+
+def test_bad_labels_are_refused_before_anything_is_trained(folder, capsys):
+    for split in ("train", "val"):
+        for part in ("images", "masks"):
+            Path("set", part, split).mkdir(parents=True)
+        for number in range(2):
+            pixels = np.full((32, 64, 3), 40 * number, np.uint8)
+            cv2.imwrite(f"set/images/{split}/{number}.png", pixels)
+            cv2.imwrite(f"set/masks/{split}/{number}.png", pixels[..., 0] % 2 + number)
+    Path("set/classes.yaml").write_text("names: [road, sky]\n")
+    words = ["--data.source", "folder", "--data.root", "set", "--data.train.crop", "[32, 64]"]
+    assert evaluate(*words) == 0
+    mask = np.zeros((32, 64), np.uint8)
+    mask[:2, :3] = 7
+    cv2.imwrite("set/masks/val/1.png", mask)
+    capsys.readouterr()
+    assert evaluate(*words) == 2
+    said = capsys.readouterr().err
+    assert "set/masks/val/1.png" in said
+    assert "7" in said
+    assert "6 " in said  # how many pixels
+    assert len(list(Path("runs/linear").glob("*/metrics.csv"))) == 1
+
+
+def test_a_pretraining_config_is_no_evaluation(folder, capsys):
+    words = ["--config", "experiment/quickstart.yaml", "--data.source", "synthetic"]
+    assert cli.main(["evaluate", *words]) == 2
+    assert "is no evaluation" in capsys.readouterr().err
+
+
+def test_help_lists_the_protocols(capsys):
+    assert cli.main(["evaluate", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "--encoder" in said
+    assert "evaluation/" in said
