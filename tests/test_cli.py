@@ -172,7 +172,7 @@ def test_building_writes_nothing(folder):
         (["fit", "--ckpt_path", "no.ckpt"], "no.ckpt: no such checkpoint"),
         (["fit", "--allow", "no_such_package"], "--allow no_such_package"),
         (["fit", "--trainer.accelerator", "gpuu"], "gpuu"),
-        (["fit", "--trainer.callbacks.layr", "x"], "trainer.callbacks.layr: no callback of the configuration"),
+        (["fit", "--trainer.callbacks.layr", "x"], "callbacks.layr: no callback of the configuration"),
         (["fti"], "no command 'fti': did you mean fit?"),
     ],
 )

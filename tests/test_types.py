@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_clip
 
 from poodle_lightning.ops.geometry import Affine, Flow
-from poodle_lightning.types import Clip, Features
+from poodle_lightning.types import ClassSet, Clip, Features, LabelledBatch
 
 
 def plain(**changes):
@@ -90,3 +90,47 @@ def test_last_map_is_the_deepest():
 
 def test_flow_rows():
     assert len(Flow(torch.zeros(4, 2, 3, 3))[1:3]) == 2
+
+
+def labelled(**changes):
+    fields = {
+        "images": torch.arange(2 * 3 * 4 * 6, dtype=torch.uint8).reshape(2, 3, 4, 6),
+        "labels": torch.zeros(2, 8, 12, dtype=torch.uint8),
+        "index": torch.arange(2),
+        "key": torch.arange(2),
+        "names": ("a.png", "b.png"),
+    }
+    return LabelledBatch(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 4, 6, dtype=torch.uint8)}, ValueError, "images"),
+        ({"labels": torch.zeros(2, 1, 4, 6, dtype=torch.uint8)}, ValueError, "labels"),
+        ({"labels": torch.zeros(2, 4, 6, dtype=torch.int64)}, TypeError, "uint8"),
+        ({"names": ("a.png",)}, ValueError, "lengths"),
+    ],
+)
+def test_labelled_batches_check_themselves(changes, error, message):
+    with pytest.raises(error, match=message):
+        labelled(**changes)
+
+
+def test_labelled_batches_move_as_a_whole_and_images_are_in_the_unit_interval():
+    batch = labelled()
+    assert len(batch) == 2
+    moved = batch.to("meta")
+    assert moved.images.device.type == moved.labels.device.type == "meta"
+    assert moved.index.device.type == moved.key.device.type == "cpu"
+    assert moved.names == batch.names
+    assert torch.equal(batch.unit() * 255, batch.images.float())
+    assert pickle.loads(pickle.dumps(batch)).names == batch.names
+
+
+def test_groups_of_classes_are_by_name_and_must_exist():
+    classes = ClassSet(("road", "sky", "pole"), {"small": ("pole",), "large": ("sky", "road")})
+    assert len(classes) == 3
+    assert classes.numbered() == {"small": [2], "large": [1, 0]}
+    with pytest.raises(ValueError, match="group 'small' names classes that do not exist: tram"):
+        ClassSet(("road",), {"small": ("tram",)})

@@ -17,6 +17,7 @@ from poodle_lightning.evaluation.linear_readout import ReadoutRecipe, linear_rea
 from poodle_lightning.evaluation.memory import RetrievalRecipe
 from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.evaluation.retrieval import dense_retrieval
+from poodle_lightning.hub import dilate
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.ops.geometry import Size
 
@@ -24,6 +25,7 @@ Scores = dict[str, float]
 READOUT = ReadoutRecipe(steps=500)
 # Neighbours are sought among so many patches of each image: all would make the search longer than a training.
 _PATCHES = 32
+_STRIDE = 8
 
 
 class Readings:
@@ -76,7 +78,7 @@ class Readings:
         return known[name]
 
     def _read_out(self, encoder: Encoder) -> Scores:
-        classes = self.labels.classes
+        encoder, classes = as_read(encoder), self.labels.classes
         train, test = self._sample
         linear = linear_readout(encoder, train, test, classes, READOUT).confusion
         memory = RetrievalRecipe(vectors=_PATCHES * len(train[0]))
@@ -96,6 +98,14 @@ class Readings:
         train = self.labels.sample("train", min(self.most, self.labels.count("train")), self.size, seed=1)
         few = min(max(1, self.most // 2), self.labels.count("val"))
         return train, self.labels.sample("val", few, self.size, seed=1)
+
+
+def as_read(encoder: Encoder) -> Encoder:
+    """The encoder as it is read out: without a decoder, its last stages are dilated, as FlowE's readout does.
+
+    Else a network would lose for the stride of its map, not for its features.
+    """
+    return dilate(encoder, _STRIDE) if "output_stride" in encoder.init_args else encoder
 
 
 def _read(path: Path) -> dict[str, Any]:

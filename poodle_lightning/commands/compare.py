@@ -41,6 +41,7 @@ _TAKEN = {
 }
 _NOTES = (
     "Losses, views and heads are each method's own. Times depend on what else the machine does.",
+    "Encoders without a decoder are dilated for the readout; multiply-adds are those of the trained network.",
     "Untrained: the same network with fresh weights. Position alone: the class most frequent at each pixel.",
 )
 
@@ -295,9 +296,10 @@ def _untrained(methods: Mapping[str, Any], readings: Readings, plan: Plan, seeds
 
 def _facts(method: Any) -> dict[str, Any]:
     """What of a method may be equal to that of another."""
+    from poodle_lightning.commands._readings import as_read
     from poodle_lightning.configured import spec
 
-    encoder, backbone = method.online.encoder, method.backbone()
+    encoder, backbone = method.online.encoder, as_read(method.backbone())
     layer = next(reversed(backbone.channels))
     decoder = method.online.decoder
     facts = {f"recipe.{key}": value for key, value in dataclasses.asdict(method.recipe).items()}
