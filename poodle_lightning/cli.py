@@ -147,7 +147,13 @@ def _evaluate(words: list[str], stack: ExitStack) -> None:
             words = ["fit", *request.words]
             check = asked.check and number == 0  # the data are the same in every run
             cli = EvaluationCLI(
-                words, request.name, command=command, stack=own, run_number=number, check=check
+                words,
+                request.name,
+                command=command,
+                stack=own,
+                run_number=number,
+                runs=count,
+                check=check,
             )
             assert cli.run_folder is not None
             folder = cli.run_folder

@@ -24,14 +24,22 @@ class EvaluationCLI(TrainingCLI):
         args: as for :class:`TrainingCLI`; the verb is ``fit``.
         name: of the experiment.
         run_number: added to the seed, for runs that differ in nothing else.
+        runs: how many of them there are; with several, each seed has a folder of its own.
         check: look through the labels before anything is trained.
         **kwargs: of :class:`TrainingCLI`.
     """
 
     def __init__(
-        self, args: Sequence[str], name: str, *, run_number: int = 0, check: bool = True, **kwargs: Any
+        self,
+        args: Sequence[str],
+        name: str,
+        *,
+        run_number: int = 0,
+        runs: int = 1,
+        check: bool = True,
+        **kwargs: Any,
     ) -> None:
-        self._run_number, self._check = run_number, check
+        self._run_number, self._runs, self._check = run_number, runs, check
         self.content: dict[str, Any] | None = None
         super().__init__(args, name, **kwargs)
 
@@ -41,6 +49,8 @@ class EvaluationCLI(TrainingCLI):
         config["seed_everything"] = int(config["seed_everything"] or 0) + self._run_number
         L.seed_everything(config["seed_everything"], workers=False, verbose=False)
         super().before_instantiate_classes()
+        if self._runs > 1:  # so that "last" is the last of the same seed
+            config["name"] = f"{config['name']}_seed{config['seed_everything']}"
 
     def fit(self, model: L.LightningModule, datamodule: L.LightningDataModule, **kwargs: Any) -> None:
         """Training without validation in between, then validation.
@@ -53,8 +63,9 @@ class EvaluationCLI(TrainingCLI):
                 f"evaluate: {type(model).__name__} is no evaluation: give --config evaluation/… "
                 "(`poodle-lightning evaluate --help` lists them)"
             )
+        model.the_encoder()
         if self._check and isinstance(datamodule, LabelledDataModule) and self.trainer.is_global_zero:
-            check_labels(datamodule)
+            check_labels(datamodule, train=model.reads_training_images)
         if model.trains:
             watched, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
@@ -63,13 +74,18 @@ class EvaluationCLI(TrainingCLI):
         self.content = report_result(self.trainer, model, datamodule, self.about())
 
 
-def check_labels(data: LabelledDataModule) -> None:
+def check_labels(data: LabelledDataModule, train: bool = True) -> None:
     """Refuses bad labels before hours are spent: every held-out mask, the headers of the training masks.
+
+    Args:
+        data: the labelled images.
+        train: the training images are needed.
 
     Raises:
         UserError: nothing can be measured on these data; the first file that is wrong.
     """
-    for finding in (*data.check("train", every_mask=False), *data.check("val", every_mask=True)):
+    before = data.check("train", every_mask=False) if train else []
+    for finding in (*before, *data.check("val", every_mask=True)):
         if finding.fatal:
             raise UserError(f"{finding} (`poodle-lightning check-data` lists everything)")
         _log.warning("%s", finding)

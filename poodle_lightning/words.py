@@ -90,7 +90,7 @@ def read_evaluation(words: Sequence[str]) -> EvaluationRequest:
     Raises:
         UserError: ``--runs`` is no number above 0, or see :func:`read_words`.
     """
-    count, check = 1, True
+    count, check, encoder = 1, True, ""
     rest: list[str] = []
     waiting = iter(words)
     for word in waiting:
@@ -102,6 +102,7 @@ def read_evaluation(words: Sequence[str]) -> EvaluationRequest:
             if not value or value.startswith("--"):
                 _refuse(f"{flag} needs a value")
             if flag == "--encoder":
+                encoder = value
                 rest.append(f"--model.encoder={value}")
             elif value.isdigit() and int(value) > 0:
                 count = int(value)
@@ -109,7 +110,18 @@ def read_evaluation(words: Sequence[str]) -> EvaluationRequest:
                 _refuse(f"--runs {value}: give a number of runs, 1 or more")
         else:
             rest.append(word)
-    return EvaluationRequest(read_words(rest), count, check)
+    request = read_words(rest)
+    if encoder:  # runs of different encoders are different experiments
+        request.name += "-" + _file_name(encoder)
+    return EvaluationRequest(request, count, check)
+
+
+def _file_name(encoder: str) -> str:
+    """An encoder's name in that of a folder: the last two parts of a path, what is odd replaced."""
+    path = Path(encoder)
+    parts = [part for part in path.parts if part not in ("/", ".", "..", "checkpoints")][-2:]
+    text = "-".join(parts).removesuffix(path.suffix if path.suffix in (".ckpt", ".pth", ".pt") else "")
+    return "".join(letter if letter.isalnum() or letter in "._" else "-" for letter in text)[:80]
 
 
 def usage(others: Mapping[str, str]) -> str:

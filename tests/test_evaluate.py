@@ -51,7 +51,7 @@ def runs_of(name):
 
 def test_one_command_trains_scores_and_writes(folder, capsys):
     assert evaluate() == 0
-    (run,) = runs_of("linear")
+    (run,) = runs_of("linear-encoder")
     found = json.loads((run / "result.json").read_text())
     assert found["encoder"] == "encoder"
     assert (found["seed"], found["step"], found["headline"]) == (0, 3, "miou")
@@ -66,15 +66,16 @@ def test_one_command_trains_scores_and_writes(folder, capsys):
     )  # a word of evaluate
     words = ["--model.encoder=encoder", "--ckpt_path", str(run)]
     assert cli.main(["validate", "--config", "linear.yaml", *words]) == 0
-    again = json.loads((runs_of("linear")[1] / "result.json").read_text())
+    again = json.loads((runs_of("linear")[0] / "result.json").read_text())
     assert again["scores"] == found["scores"]
+    assert again["details"]["loss"] == pytest.approx(found["details"]["loss"], rel=1e-6)
     assert cli.main(["report", "--run", str(run)]) == 0
     assert "Evaluation" in (run / "report" / "index.html").read_text()
 
 
 def test_runs_differ_in_their_seed_and_are_averaged(folder, capsys):
     assert evaluate("--runs", "2", "--seed_everything", "5") == 0
-    first, second = runs_of("linear")
+    (first,), (second,) = (runs_of(f"linear-encoder_seed{seed}") for seed in (5, 6))
     found = [json.loads((run / "result.json").read_text()) for run in (first, second)]
     assert [one["seed"] for one in found] == [5, 6]
     assert found[0]["details"]["loss"] != found[1]["details"]["loss"]
@@ -82,11 +83,28 @@ def test_runs_differ_in_their_seed_and_are_averaged(folder, capsys):
     mean = sum(one["scores"]["pixel_accuracy"] for one in found) / 2
     assert summary["mean"]["pixel_accuracy"] == pytest.approx(mean)
     assert "miou of 2 runs" in capsys.readouterr().out
+    # called again with "last", every seed goes on from its own run
+    assert evaluate("--runs", "2", "--seed_everything", "5", "--ckpt_path", "last") == 0
+    assert json.loads((second / "runs.json").read_text()) == summary
+    again = [json.loads((run / "result.json").read_text())["details"]["loss"] for run in (first, second)]
+    assert again == [one["details"]["loss"] for one in found]
+
+
+def test_a_run_of_another_encoder_is_not_gone_on_with(folder, capsys):
+    torch.manual_seed(1)
+    save_pretrained(tiny_encoder(), "other")
+    assert evaluate("--name", "same") == 0
+    (run,) = runs_of("same")
+    before = (run / "result.json").read_text()
+    assert evaluate("--name", "same", "--ckpt_path", "last", encoder="other") == 2
+    assert "that run measured the encoder encoder, not other" in capsys.readouterr().err
+    assert (run / "result.json").read_text() == before
+    assert evaluate("--name", "same", "--ckpt_path", "last", encoder="./encoder") == 0
 
 
 def test_what_trains_nothing_is_scored_at_once(folder):
     assert evaluate(config="retrieval.yaml") == 0
-    (run,) = runs_of("retrieval")
+    (run,) = runs_of("retrieval-encoder")
     found = json.loads((run / "result.json").read_text())
     assert found["step"] == 0
     assert 0 <= found["scores"]["miou"] <= 1
@@ -98,8 +116,9 @@ def test_going_on_gives_the_same_result_as_one_go(folder):
     assert evaluate("--ckpt_path", "last", "--model.recipe.horizon_steps", "3", "--name", "parts") == 0
     assert evaluate("--model.recipe.horizon_steps", "3", "--name", "whole") == 0
     (parts,), (whole,) = runs_of("parts"), runs_of("whole")
-    found = [json.loads((run / "result.json").read_text())["scores"] for run in (parts, whole)]
-    assert found[0] == found[1]
+    found = [json.loads((run / "result.json").read_text()) for run in (parts, whole)]
+    assert found[0]["scores"] == found[1]["scores"]
+    assert found[0]["details"]["loss"] == found[1]["details"]["loss"]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +160,23 @@ def test_bad_labels_are_refused_before_anything_is_trained(folder, capsys):
     assert "set/masks/val/1.png" in said
     assert "7" in said
     assert "6 " in said  # how many pixels
-    assert len(list(Path("runs/linear").glob("*/metrics.csv"))) == 1
+    assert len(list(Path("runs/linear-encoder").glob("*/metrics.csv"))) == 1
+
+
+def test_clustering_needs_no_training_images(folder):
+    for part in ("images", "masks"):
+        Path("only", part, "val").mkdir(parents=True)
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 64, 3), np.uint8)
+        cv2.imwrite(f"only/images/val/{number}.png", pixels)
+        cv2.imwrite(f"only/masks/val/{number}.png", pixels[..., 0] % 2)
+    Path("only/classes.yaml").write_text("names: [road, sky]\n")
+    text = Path("retrieval.yaml").read_text().replace("retrieval.DenseRetrieval", "clustering.Clustering")
+    recipe = "{recipe: {clusters: 2, components: 4, iterations: 3, restarts: 1, seeds: 1}}"
+    Path("clustering.yaml").write_text(text.replace("{recipe: {k: 3}}", recipe))
+    words = ["--data.source", "folder", "--data.root", "only"]
+    assert evaluate(*words, config="clustering.yaml") == 0
+    assert evaluate(*words) == 2  # a head does
 
 
 def test_a_pretraining_config_is_no_evaluation(folder, capsys):

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from poodle_lightning.data.image_classes import ImageBatch
 from poodle_lightning.types import LabelledBatch
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Throughput(L.Callback):
         """Counts the batch; at a logging step, reports."""
         self._left = time.perf_counter()
         self._worked += self._left - self._began
-        self._unit = "images" if isinstance(batch, LabelledBatch) else "pairs"
+        self._unit = "images" if isinstance(batch, LabelledBatch | ImageBatch) else "pairs"
         self._pairs += clips_in(batch) * trainer.world_size
         step = trainer.global_step
         self._steps += step - self._last_step

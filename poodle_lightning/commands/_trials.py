@@ -21,7 +21,6 @@ from poodle_lightning.types import UserError
 
 ALIASES = {"pooled": "poodle+pooled_alone", "sdm": "poodle+row5_dense_sdm"}
 """Short names of variants."""
-PROBE = "labels"
 _LABELLED = "poodle_lightning.data.labelled.LabelledDataModule"
 
 
@@ -149,7 +148,7 @@ class Plan:
         """The probes of every run, as an entry of ``trainer.callbacks``."""
         arguments = {
             "labels": dict(self.labelled),
-            "name": PROBE,
+            "name": self.probe,
             "every_n_steps": -(-self.steps // 4),
             "size": list(self.resolution),
             "train_images": 64,
@@ -161,6 +160,11 @@ class Plan:
     def labels_key(self) -> str:
         """Names the labelled images in the notes: other images, other readouts."""
         return digest([self.labelled, self.resolution])
+
+    @property
+    def probe(self) -> str:
+        """Name of the probes in the logs: curves on other labels are other curves."""
+        return f"labels_{self.labels_key}"
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ class Trial:
         """Steps and values of a probe, e.g. ``linear_miou``."""
         if self.folder is None:
             return [], []
-        steps, values = RunFiles(self.folder).metrics().get(f"probe/{PROBE}/{measure}", ((), ()))
+        steps, values = RunFiles(self.folder).metrics().get(f"probe/{self.plan.probe}/{measure}", ((), ()))
         return [step + 1 for step in steps], list(values)  # logs count steps from 0
 
     def seconds(self, batch: int) -> float | None:
@@ -272,12 +276,18 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def folder_content(root: str | None) -> str:
-    """Stands for the names and sizes of a folder's files."""
+def folder_content(root: str | None, times: bool = False) -> str:
+    """Stands for the names and sizes of a folder's files, with ``times`` also for when they were changed."""
     if root is None or not Path(root).is_dir():
         return ""
     files = sorted(path for path in Path(root).rglob("*") if path.is_file())
-    return digest([(path.relative_to(root).as_posix(), path.stat().st_size) for path in files])
+    facts = [(path, path.stat()) for path in files]
+    return digest(
+        [
+            (path.relative_to(root).as_posix(), fact.st_size, times and fact.st_mtime_ns)
+            for path, fact in facts
+        ]
+    )
 
 
 def _write(path: Path, text: str) -> None:

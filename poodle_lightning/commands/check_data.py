@@ -35,7 +35,14 @@ def run(args: argparse.Namespace, build: Build) -> int:
     Raises:
         UserError: something is wrong with the data, or the arguments contradict each other.
     """
-    data = _module(args, build)
+    try:
+        return _check(args, _module(args, build))
+    except UserError as error:
+        # the data module speaks of its own key
+        raise UserError(str(error).replace("--data.root", "--root")) from error
+
+
+def _check(args: argparse.Namespace, data: LabelledDataModule) -> int:
     findings: list[Finding] = []
     for split in (args.split,) if args.split else ("train", "val"):
         survey = data.survey(split, every_mask=not args.fast)

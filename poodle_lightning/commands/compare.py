@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import poodle_lightning
 from poodle_lightning.commands import _pretraining
 from poodle_lightning.commands._pretraining import Start
 from poodle_lightning.types import UserError
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace, build: Build) -> int:
         UserError: a method, folder or option does not exist, or a run failed; its log is named.
     """
     from poodle_lightning.commands._readings import Readings
-    from poodle_lightning.commands._trials import Trial, entrants, folder_content
+    from poodle_lightning.commands._trials import Trial, digest, entrants, folder_content
     from poodle_lightning.report.comparison import explanation, table, write_comparison
 
     began = time.monotonic()
@@ -98,8 +99,11 @@ def run(args: argparse.Namespace, build: Build) -> int:
     _say(began, f"labelled images: {args.labelled or 'generated streets, since --labelled is not given'}")
     _train(trials, args, began)
     device = _device()
+    # other labels (a mask may change without its size), or another version, are other readouts
+    marks = folder_content(labels.root, times=True)
+    key = digest([plan.labels_key, labels.classes, marks, poodle_lightning.__version__])
     readings = Readings(
-        plan.out / "readouts.json", plan.labels_key, labels, plan.resolution, args.labelled_images, device
+        plan.out / "readouts.json", key, labels, plan.resolution, args.labelled_images, device
     )
     methods = {name: method for name, (method, _) in built.items()}
     found = _gather(trials, methods, videos, readings, args)
@@ -340,6 +344,7 @@ def _draw(folder: Path, found: Comparison) -> list[Path]:
     values = {word: [row.scores.get(key, ()) for row in found.rows] for word, key in measures.items()}
     drawn = {"comparison.png": seed_bars(names, values)}
     runs = {name: list(each["linear_miou"].values()) for name, each in found.curves.items()}
+    (folder / "curves.png").unlink(missing_ok=True)
     if all(len(steps) > 1 for seeds in runs.values() for steps, _ in seeds):
         drawn["curves.png"] = seed_curves(runs, label="probe, linear readout, mIoU in %")
     for name, picture in drawn.items():

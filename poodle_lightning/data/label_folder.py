@@ -84,6 +84,11 @@ class FolderLabels(FileSource):
         if divided or not whole.is_dir():
             wanted = [f"images/{split}", f"{split}/images", *([] if divided else ["images"])]
             raise not_there(self.root, "a folder of images and masks", wanted)
+        for name in ("training", "validation", "valid", "test"):
+            if (whole / name).is_dir():
+                raise UserError(
+                    f"{whole / name}: splits are folders called train and val: rename it ({DOCS})"
+                )
         return self._share(_found(whole, self.root / "masks"), split)
 
     def _share(self, whole: Listing, split: Split) -> Listing:

@@ -63,6 +63,7 @@ class Evaluation(L.LightningModule, Configured):
     """
 
     trains: ClassVar[bool] = False
+    reads_training_images: ClassVar[bool] = True
     encoder: Encoder | None
 
     def __init__(
@@ -80,6 +81,7 @@ class Evaluation(L.LightningModule, Configured):
         if output_stride is not None and found is not None and not isinstance(found, DecodedEncoder):
             found = dilate(found, output_stride)
         self.encoder = found
+        self.source = encoder if isinstance(encoder, str) else None
         self.class_set: ClassSet | None = None if classes is None else _class_set(classes)
 
     # ---- what the protocol says
@@ -155,7 +157,21 @@ class Evaluation(L.LightningModule, Configured):
             "method": plain,
             "backbone": encoder,
             "prefixes": {"encoder": "encoder."},
+            "source": self.source,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the checkpoint of another encoder: its weights would take the place of the given ones.
+
+        Raises:
+            UserError: it is one.
+        """
+        there, here = checkpoint.get("poodle_lightning", {}).get("source"), self.source
+        if there is not None and here is not None and not _same_source(there, here):
+            raise UserError(
+                f"--ckpt_path: that run measured the encoder {there}, not {here}: "
+                "leave --ckpt_path out, or give the encoder of the run"
+            )
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -184,3 +200,8 @@ def spec_without_encoder(evaluation: Evaluation) -> dict[str, Any]:
     kind = type(evaluation)
     arguments = {name: spec(value) for name, value in given.items() if name != "encoder"}
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _same_source(one: str, other: str) -> bool:
+    """Whether two words for an encoder mean the same name or the same file."""
+    return one == other or (Path(one).exists() and Path(other).exists() and Path(one).samefile(other))

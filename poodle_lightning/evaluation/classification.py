@@ -367,7 +367,8 @@ class LinearProbe(Evaluation):
         checkpoint["poodle_lightning"]["best"] = dict(self.best)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes up the best accuracy of the run that is resumed."""
+        """See :class:`Evaluation`; takes up the best accuracy of the run that is resumed."""
+        super().on_load_checkpoint(checkpoint)
         self.best = dict(checkpoint.get("poodle_lightning", {}).get("best", {}))
 
 

@@ -204,6 +204,8 @@ class Clustering(Evaluation):
         classes: see ``Evaluation``.
     """
 
+    reads_training_images = False
+
     def __init__(
         self,
         encoder: str | Encoder | None = None,

@@ -27,7 +27,7 @@ from poodle_lightning.nn.observed import observed
 from poodle_lightning.ops.geometry import Size, pixels_to_extent, sample
 from poodle_lightning.ops.random import fold, key_of, permutation, randint
 from poodle_lightning.ops.schedules import warmup_cosine
-from poodle_lightning.types import IGNORE, ClassSet, Features
+from poodle_lightning.types import IGNORE, ClassSet, Features, UserError
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -129,6 +129,7 @@ def linear_readout(
 
     Raises:
         ValueError: shapes or label values do not fit, or the encoder has no such layer.
+        UserError: features are not finite.
     """
     recipe = recipe or ReadoutRecipe()
     started = time.perf_counter()
@@ -244,6 +245,8 @@ def _statistics(
         squares = wide.square().sum(dim=(0, 2, 3)) + squares
         cells += found.numel() // found.shape[1]
     mean = total / cells
+    if not bool(mean.isfinite().all()):
+        raise UserError("the encoder gives features that are not finite: there is nothing to read from them")
     # a channel that never moves carries nothing: dividing by 1 keeps it at 0
     std = (squares / cells - mean.square()).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-12), std, torch.ones_like(std))

@@ -105,20 +105,23 @@ class Memory:
 
         Args:
             maps: ``(B, D, h, w)``.
-            labels: ``(B, H, W)`` of any size, 255 = ignore.
+            labels: ``(B, H, W)`` of any size, 255 = left out (see :meth:`taken`).
             index: ``(B,)`` numbers of the images, which order the memory and key the draws.
 
         Raises:
             UserError: a feature is not finite.
         """
-        if self.recipe.ignored == "first_class":
-            labels = labels.masked_fill(labels == IGNORE, 0)
         counts = patch_counts(labels, (maps.shape[-2], maps.shape[-1]), self.classes).flatten(1, 2)
         vectors = unit_rows(maps).unflatten(0, (len(maps), -1))
         for number, found, seen in zip(index.tolist(), vectors, counts, strict=True):
             kept = self._kept(seen, number)
             shares = seen[kept].float() / seen[kept].sum(dim=1, keepdim=True)
             self._parts.append((number, found[kept].cpu(), shares.cpu()))
+
+    def taken(self, labels: Tensor) -> Tensor:
+        """Labels of images as the memory takes them: what is ignored is left out, or the first class."""
+        first = self.recipe.ignored == "first_class"
+        return labels.masked_fill(labels == IGNORE, 0) if first else labels
 
     def _kept(self, counts: Tensor, number: int) -> Tensor:
         """Places of the patches of one image that are kept, in their order."""

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from poodle_lightning.types import IGNORE
+from poodle_lightning.types import IGNORE, UserError
 
 
 def group_means(values: Mapping[str, float], groups: Mapping[str, Iterable[str]]) -> dict[str, float]:
@@ -261,7 +261,13 @@ class Accuracy:
         self._counts = torch.zeros(3, classes, dtype=torch.int64)  # images, first, among the first five
 
     def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Count images: scores ``(B, C)``, the higher the likelier, and labels ``(B,)``."""
+        """Count images: scores ``(B, C)``, the higher the likelier, and labels ``(B,)``.
+
+        Raises:
+            UserError: a score is NaN; nothing is above or below it.
+        """
+        if bool(scores.isnan().any()):
+            raise UserError("the scores of images are not numbers (NaN): lower the learning rate")
         labels = labels.to(scores.device)
         own = scores.gather(1, labels[:, None])
         lower = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]

@@ -112,7 +112,7 @@ def _remember(
     memory: Memory, encoder: Encoder, images: Tensor, labels: Tensor, index: Tensor, layer: str | None
 ) -> None:
     maps, covered = embed(encoder, images, layer, (labels.shape[-2], labels.shape[-1]))
-    memory.add(maps, filled(labels, covered), index)
+    memory.add(maps, filled(memory.taken(labels), covered), index)
 
 
 def _predict(memory: Memory, encoder: Encoder, images: Tensor, size: Size, layer: str | None) -> Tensor:

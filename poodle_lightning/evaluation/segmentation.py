@@ -248,6 +248,10 @@ class Segmentation(Evaluation):
         self._worst.all_reduce()
         loss = self._over_devices(self._loss.float().to(self.device), "sum")
         pixels = int(self.confusion.truth.sum())
+        if not bool(loss.isfinite()):
+            raise UserError(
+                "the logits of held-out images are not finite: lower model.recipe.lr, or look at the encoder"
+            )
         self._scores = self._summary(float(loss) / max(pixels, 1))
         shown = ("loss", "miou", "miou_present", "pixel_accuracy")
         groups = [f"miou_{group}" for group in self.the_classes().groups]
@@ -292,7 +296,8 @@ class Segmentation(Evaluation):
         kept["schedule"] = None if self.schedule is None else self.schedule.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the schedule of the run that is resumed: its horizon was fixed when it began."""
+        """See :class:`Evaluation`; takes the schedule of the run, whose horizon was fixed when it began."""
+        super().on_load_checkpoint(checkpoint)
         schedule = checkpoint.get("poodle_lightning", {}).get("schedule")
         if schedule is not None:
             self.schedule = Schedule.from_state(schedule)

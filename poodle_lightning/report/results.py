@@ -184,6 +184,7 @@ def report_result(
     folder = Path(trainer.default_root_dir)
     content = write_result(folder, scores, {**about, "step": trainer.global_step})
     if scores.worst and isinstance(data, Labelled) and isinstance(model, Segmenter):
+        model.to(trainer.strategy.root_device)  # from where validation's end has taken it
         draw_worst(folder, scores, model, data)
     value = content["value"]
     _log.info("%s: %.2f %% %s  (%s)", scores.protocol, 100 * value, scores.headline, folder / "result.md")

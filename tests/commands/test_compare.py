@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +14,14 @@ from poodle_lightning import cli
 from poodle_lightning.callbacks import probes
 from poodle_lightning.commands import _pretraining, _readings, _trials
 from poodle_lightning.commands._pretraining import Start, side_by_side
-from poodle_lightning.commands._trials import Scale, entrants, labelled_data
+from poodle_lightning.commands._trials import Scale, digest, entrants, folder_content, labelled_data
 from poodle_lightning.data.label_streets import StreetLabels
 from poodle_lightning.data.labelled import LabelledDataModule
 from poodle_lightning.data.synthetic import write_videos
 from poodle_lightning.evaluation.linear_readout import ReadoutRecipe, linear_readout
 from poodle_lightning.hub import dilate, from_pretrained
 from poodle_lightning.report.comparison import split_facts
-from poodle_lightning.types import UserError
+from poodle_lightning.types import ClassSet, UserError
 
 METHODS = ("poodle", "byol")
 SMALL = ["--data.batch_size=2", "--data.size=[32,64]", "--model.hidden=16"]
@@ -244,3 +245,16 @@ def test_labelled_data_of_a_file_of_a_folder_and_generated(tmp_path):
     assert labelled_data(str(path), "there", 4, 2, (8, 16))["init_args"] == {"source": "voc", "root": "there"}
     with pytest.raises(UserError, match="no such"):
         labelled_data("data/labelled_nothing.yaml", None, 4, 2, (8, 16))
+
+
+def test_other_labels_are_read_out_anew(tmp_path):
+    """A mask or a class name may change without any file's size."""
+    (tmp_path / "masks").mkdir()
+    mask = tmp_path / "masks" / "a.png"
+    mask.write_bytes(b"0123")
+    videos, labels = folder_content(str(tmp_path)), folder_content(str(tmp_path), times=True)
+    os.utime(mask, ns=(1, 1))
+    assert folder_content(str(tmp_path)) == videos
+    assert folder_content(str(tmp_path), times=True) != labels
+    one, other = ClassSet(("road", "sky")), ClassSet(("sky", "road"))
+    assert digest([one]) != digest([other])

@@ -47,6 +47,13 @@ def test_folders_for_both_splits(tmp_path):
     assert (len(source.names("train")), len(source.names("val"))) == (3, 1)
 
 
+@pytest.mark.parametrize("name", ["training", "validation", "test"])
+def test_splits_of_other_names_are_not_mixed(tmp_path, name):
+    root = label_trees.folder(tmp_path, count=3)
+    (root / "images" / name).mkdir()
+    refused(lambda: FolderLabels(root).names("train"), f"images/{name}", "train and val")
+
+
 def test_a_folder_of_colours_and_of_palette_masks(tmp_path):
     yaml = "names: [a, b]\ncolours: {a: [255, 0, 0], b: [0, 0, 255]}\n"
     root = label_trees.folder(tmp_path / "colours", 2, 2, splits=("val",), yaml=yaml)

@@ -17,7 +17,7 @@ from poodle_lightning.evaluation.linear_readout import (
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import pixel_grid, sample
-from poodle_lightning.types import ClassSet, Features
+from poodle_lightning.types import ClassSet, Features, UserError
 
 CLASSES = ClassSet(("red", "green", "blue"), {"warm": ("red",), "cold": ("green", "blue")})
 
@@ -193,3 +193,13 @@ def test_random_twin_of_a_pretrained_encoder_reads_no_weights(tmp_path):
     twin = same_architecture_random(pretrained)
     assert twin.init_args["weights"] is None
     assert not torch.equal(twin.conv1.weight, pretrained.conv1.weight)
+
+
+def test_features_that_are_not_finite_are_refused():
+    encoder = ResNet(10, width=8)
+    with torch.no_grad():
+        encoder.layer4[0].bn1.weight.fill_(float("inf"))
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    part = (images, torch.zeros(2, 32, 32, dtype=torch.uint8))
+    with pytest.raises(UserError, match="not finite"):
+        linear_readout(encoder, part, part, CLASSES)

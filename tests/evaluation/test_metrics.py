@@ -19,7 +19,7 @@ from poodle_lightning.data.synthetic import classes as synthetic
 from poodle_lightning.draw.segmentation import STREET_COLOURS
 from poodle_lightning.evaluation import metrics
 from poodle_lightning.evaluation.metrics import Accuracy, Confusion, group_means
-from poodle_lightning.types import ClassSet
+from poodle_lightning.types import ClassSet, UserError
 
 # PooDLe, appendix H, Table 9 in the order of its columns, and Table 3 (all, small, large, rare, common).
 COLUMNS = (
@@ -308,3 +308,8 @@ def test_group_accuracy_is_that_of_appendix_f(row, few, many):
     # the shares are those of the training images, the accuracies of the held-out ones
     assert 100 * confusion.pixel_accuracy() == pytest.approx(overall, abs=0.8)
     assert abs((wanted[few] + wanted[many]) / 2 - overall) > 10
+
+
+def test_scores_that_are_no_numbers_are_refused_not_right():
+    with pytest.raises(UserError, match="NaN"):
+        Accuracy(3).update(torch.full((2, 3), math.nan), torch.tensor([1, 2]))

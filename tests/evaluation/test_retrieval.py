@@ -153,7 +153,7 @@ def memory_of(recipe, labels, seed=0):
     )
     maps = torch.cat([maps.cos(), maps.sin()], dim=1)
     memory = Memory(4, recipe, len(labels), seed)
-    memory.add(maps, labels, torch.arange(len(labels)))
+    memory.add(maps, memory.taken(labels), torch.arange(len(labels)))
     return memory.finish(), maps
 
 
