@@ -155,7 +155,8 @@ def dilate(encoder: Encoder, output_stride: int) -> Encoder:
         instead = (
             "dilate its encoder, and train a decoder for the new strides"
             if isinstance(encoder, DecodedEncoder)
-            else "read it at its own strides, or choose a ResNet"
+            else "read it at its own strides (--model.output_stride null), choose a ResNet, or, for a vision "
+            "transformer, a protocol evaluation/…_vit.yaml"
         )
         raise UserError(f"{kind.__name__} cannot be dilated to output_stride {output_stride}: {instead}")
     plain = untrained(spec(encoder))

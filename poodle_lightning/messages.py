@@ -95,6 +95,8 @@ def _unknown_name(message: str, flags: list[str]) -> str | None:
     found = _UNKNOWN_NAME.search(message)
     if found is None:
         return None
+    if _key(message, found.start()) == "model.encoder" and found[1].startswith(("torchvision:", "timm:")):
+        return f"model.encoder: {found[1]} is for an evaluation: give --config evaluation/NAME.yaml"
     known = sorted(_subclasses(_wanted_types(message[: found.start()])))
     if not known:  # a protocol: any class with its methods will do, but only by its full path
         known = [path for path in _ours() if path.rsplit(".", 1)[-1].lower() == found[1].lower()]
@@ -115,7 +117,11 @@ def _no_fragment(message: str, flags: list[str]) -> str | None:
     if found is None:
         return None
     where = _key(message, found.start())
-    return f"{where}: no file {found[1]} (looked for beside the file that names it)"
+    part = where.split(".")[0]
+    return (
+        f"{where}: no file {found[1]} (looked for beside the file that names it): correct the path, or leave "
+        f"the line out and give --{part} {part}/NAME.yaml, which finds the package's"
+    )
 
 
 def _unknown_option(message: str, flags: list[str]) -> str | None:

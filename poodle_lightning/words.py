@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,7 +110,12 @@ def read_evaluation(words: Sequence[str]) -> EvaluationRequest:
             else:
                 _refuse(f"--runs {value}: give a number of runs, 1 or more")
         else:
+            near = get_close_matches(flag, ("--encoder", "--runs", "--skip-check"), 1, 0.8)
+            if near and flag.startswith("--"):
+                _refuse(f"no such option: {flag}: did you mean {near[0]}?")
             rest.append(word)
+    if not any(word.partition("=")[0] in ("--config", "-c", "--model") for word in rest):
+        _refuse("evaluate needs a protocol: --config evaluation/NAME.yaml (evaluate --help lists them)")
     request = read_words(rest)
     if encoder:  # runs of different encoders are different experiments
         request.name += "-" + _file_name(encoder)

@@ -124,6 +124,7 @@ def test_going_on_gives_the_same_result_as_one_go(folder):
 @pytest.mark.parametrize(
     ("words", "encoder", "message"),
     [
+        (["--encodr", "x"], "encoder", "no such option: --encodr: did you mean --encoder?"),
         (["--runs", "0"], "encoder", "--runs 0: give a number of runs"),
         (["--runs"], "encoder", "--runs needs a value"),
         ([], None, "no encoder"),
@@ -161,6 +162,14 @@ def test_bad_labels_are_refused_before_anything_is_trained(folder, capsys):
     assert "7" in said
     assert "6 " in said  # how many pixels
     assert len(list(Path("runs/linear-encoder").glob("*/metrics.csv"))) == 1
+
+
+def test_without_a_protocol_or_with_one_for_pretraining_it_says_which_to_give(folder, capsys):
+    assert cli.main(["evaluate", "--encoder", "encoder"]) == 2
+    assert "evaluate needs a protocol: --config evaluation/NAME.yaml" in capsys.readouterr().err
+    words = ["--config", "experiment/quickstart.yaml", "--encoder", "torchvision:resnet18:untrained"]
+    assert cli.main(["evaluate", *words, "--data.source", "synthetic"]) == 2
+    assert "is for an evaluation: give --config evaluation/NAME.yaml" in capsys.readouterr().err
 
 
 def test_clustering_needs_no_training_images(folder):

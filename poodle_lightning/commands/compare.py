@@ -50,6 +50,11 @@ _NOTES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command; any ``--data.…``, ``--model.…``, ``--trainer.…`` is for every run."""
     parser.set_defaults(overrides=[])
+    parser.epilog = (
+        "--data.root DIR, the folder of videos (or --data.source synthetic), is needed; any --data.…, "
+        "--model.…, --trainer.… is for every run. Example: poodle-lightning compare --methods poodle,flowe "
+        "--data.root my_videos/ --labelled my_labels/"
+    )
     parser.add_argument(
         "--methods",
         default="poodle,flowe,byol",

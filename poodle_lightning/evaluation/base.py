@@ -105,7 +105,10 @@ class Evaluation(L.LightningModule, Configured):
             UserError: none was given.
         """
         if self.encoder is None:
-            raise UserError("there is no encoder to measure: give --model.encoder (a run, a file or a name)")
+            raise UserError(
+                "there is no encoder to measure: give --encoder (with fit --model.encoder): "
+                "a run, a file or a name"
+            )
         return self.encoder
 
     def the_classes(self) -> ClassSet:

@@ -107,7 +107,7 @@ class LinearHead(SegHead):
             raise UserError(
                 f"the map {name} has stride {strides[name]}, {type(self).__name__} wants {self.max_stride} or"
                 f" less: give --model.output_stride {self.max_stride} (ResNet), or an encoder with a decoder "
-                "and --model.decoder keep"
+                "and --model.decoder keep; for a vision transformer, a protocol evaluation/…_vit.yaml"
             )
         self.bn = nn.BatchNorm2d(channels[name], affine=False) if self.norm else nn.Identity()
         self.conv_seg = classifier(channels[name], classes, self.kernel)
@@ -236,7 +236,8 @@ def find_layers(channels: Mapping[str, int], wanted: Sequence[str | int | None])
         if not isinstance(place, int) or not -len(names) <= place < len(names):
             what = f"no map {one!r}" if isinstance(one, str) else f"{len(names)} maps, none at place {one}"
             raise UserError(
-                f"the encoder has {what}: choose from {', '.join(names)}, or a head that fits the encoder"
+                f"the encoder has {what}: choose from {', '.join(names)} (--model.head.layer, .layers or "
+                ".blocks), or a head that fits the encoder"
             )
         found.append(names[place])
     return found

@@ -101,7 +101,7 @@ def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module
     if output_stride is not None and ("output_stride" in str(reason) or isinstance(reason, AssertionError)):
         raise UserError(
             f"timm:{name} cannot be dilated to output_stride {output_stride}: "
-            "read it at its own strides, or choose a ResNet"
+            "read it at its own strides (--model.output_stride null), or choose a ResNet"
         ) from reason
     lines = str(reason).strip().splitlines() or [type(reason).__name__]
     if pretrained:
