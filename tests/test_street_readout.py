@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 def street():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        names = ("runs", "settings", "streets", "training", "readouts")
+        names = ("runs", "settings", "streets", "training", "readouts", "report")
         parts = {name: importlib.import_module(f"benchmarks.street.{name}") for name in names}
         parts["main"] = importlib.import_module("benchmarks.street_readout").main
         yield parts
@@ -23,52 +23,58 @@ def street():
 
 @pytest.fixture(scope="module")
 def finished(street, tmp_path_factory):
-    """One search run, then the final comparison with two seeds."""
+    """One search run, then the final comparison with one seed."""
     out, results = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("results")
     where = ["--size", "toy", "--out", str(out), "--results", str(results), "--jobs", "1"]
     street["main"]([*where, "--methods", "flowe", "--note", "a try", "--try", "shift=0.25"])
-    street["main"]([*where, "--seeds", "2", "--no-curve"])
-    return where, out, results
+    street["main"]([*where, "--seeds", "1", "--no-curve"])
+    return out, results
 
 
-def test_every_run_is_listed_with_its_numbers(street, finished, capsys):
-    where, out, results = finished
-    written = json.loads((results / "street_readout_toy.json").read_text())
-    listed = written["results"]["runs"]
+def test_every_run_is_listed_with_its_numbers(street, finished):
+    _, results = finished
+    listed = json.loads((results / "street_readout_toy.json").read_text())["results"]["runs"]
     tried = [x for x in listed if x["split"] == "val"]
     assert [(x["method"], x["setting"]["shift"], x["note"]) for x in tried] == [("flowe", 0.25, "a try")]
-    final = [(x["method"], x["seed"]) for x in listed if x["split"] == "test"]
-    methods = [*street["settings"].METHODS, "random poodle", "random flowe"]
-    expected = [("position", 0)] + [(name, seed) for seed in (0, 1) for name in methods]
-    assert sorted(final) == sorted(expected)
+    final = [x["method"] for x in listed if x["split"] == "test"]
+    methods = [*street["settings"].METHODS, "random poodle", "random flowe", "position"]
+    assert sorted(final) == sorted(methods)
     for line in listed:
         assert set(street["readouts"].GROUPS) <= set(line)
         assert line["setting"]["steps"] == 4
     assert (results / "street_readout_toy.png").stat().st_size > 5000
-    before = (out / "runs.jsonl").read_bytes()
-    street["main"]([*where, "--seeds", "2", "--no-curve"])  # nothing is left to do
-    assert (out / "runs.jsonl").read_bytes() == before
-    shown = capsys.readouterr().out
-    rows = [line for line in shown.splitlines() if line.startswith("| PooDLe ")]
-    mean = sum(x["all"] for x in listed if x["method"] == "poodle") / 2
-    assert rows[0].split("|")[2].split()[0] == f"{mean:.1f}"
 
 
-def test_a_finished_search_stays_listed_when_the_folder_of_runs_is_new(street, finished, tmp_path):
-    _, out, results = finished
+def test_finished_runs_are_not_repeated_and_a_search_stays_listed(street, finished, tmp_path, capsys):
+    """A folder with the final runs alone: nothing is left to do, and the results file keeps the search."""
+    out, results = finished
     lines = (out / "runs.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "runs.jsonl").write_text("".join(x for x in lines if json.loads(x)["split"] == "test"))
+    kept = "".join(x for x in lines if json.loads(x)["split"] == "test")
+    (tmp_path / "runs.jsonl").write_text(kept)
     again = ["--size", "toy", "--out", str(tmp_path), "--results", str(results)]
-    street["main"]([*again, "--seeds", "2", "--no-curve"])
+    street["main"]([*again, "--seeds", "1", "--no-curve"])
+    assert (tmp_path / "runs.jsonl").read_text() == kept
     listed = json.loads((results / "street_readout_toy.json").read_text())["results"]["runs"]
     assert [x["method"] for x in listed if x["split"] == "val"] == ["flowe"]
     assert len({x["name"] for x in listed}) == len(listed)
+    row = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("| PooDLe "))
+    scored = next(json.loads(x) for x in kept.splitlines() if json.loads(x)["method"] == "poodle")
+    assert row.split("|")[2].strip() == f"{scored['all']:.1f}"
+
+
+def test_the_table_shows_mean_and_ends_over_seeds(street):
+    lines = [
+        {"method": "random flowe", "seed": seed, **dict.fromkeys(street["readouts"].GROUPS, value)}
+        for seed, value in enumerate((1.0, 2.0, 6.0))
+    ]
+    row = street["report"].final_table(lines).splitlines()[-1]
+    assert row.split("|")[2].strip() == "3.0 (1.0–6.0)"
 
 
 def test_a_run_is_the_same_when_it_is_made_again(street, finished, tmp_path):
-    _, out, _ = finished
+    out, _ = finished
     toy = street["settings"].TOY
-    job = street["runs"].Job("poodle", toy, 1, "test", "final")
+    job = street["runs"].Job("poodle", toy, 0, "test", "final")
     again = street["runs"].run(job, tmp_path, "cpu")
     first = street["runs"].finished(out)[job.name]
     assert {g: again[g] for g in street["readouts"].GROUPS} == {
