@@ -56,6 +56,11 @@ def summary(lines: list[runs.Line], curve: list[runs.Line]) -> dict[str, Any]:
         "poodle_minus_at_longer_budgets": {
             name: report.gains(curve, name) for name in ("flowe", "sdm_only") if curve
         },
+        # about equal multiply-adds: FlowE's dilated network takes 2.2 times PooDLe's per pair
+        "poodle_at_twice_the_pairs_minus_flowe": report.gains(
+            [x for x in curve if x["method"] == "poodle"] + [x for x in lines if x["method"] == "flowe"],
+            "flowe",
+        ),
         "budgets": [
             {key: x[key] for key in ("method", "seed", "note", *GROUPS, "training_gmac_per_pair")}
             for x in curve
