@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class LabelSource(Protocol):
         ...
 
 
-class FileSource:
+class FileSource(ABC):
     """Labelled images in files; what all data sets on disk share.
 
     Args:
@@ -118,9 +119,9 @@ class FileSource:
         self.published: Mapping[str, int] = published or {}
         self._listings: dict[Split, Listing] = {}
 
+    @abstractmethod
     def find(self, split: Split) -> Listing:
         """Look for the files of a split."""
-        raise NotImplementedError
 
     def listing(self, split: Split) -> Listing:
         """The files of a split, looked for once."""

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
-from torch import Tensor
 
 from poodle_lightning import __version__
 from poodle_lightning.configured import Configured, spec
 from poodle_lightning.hub import FORMAT, dilate, load_encoder, rebuild
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
-from poodle_lightning.types import ClassSet, LabelledBatch, UserError
+from poodle_lightning.types import ClassSet, UserError
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,7 @@ class Evaluation(L.LightningModule, Configured):
         Raises:
             UserError: there was none yet.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say its scores")
-
-    def predict_labels(self, batch: LabelledBatch) -> Tensor:
-        """Predicted classes ``(B, h, w)`` int64 on the host, at the size of the labels."""
-        raise NotImplementedError(f"{type(self).__name__} is no segmentation")
+        raise UserError(f"{type(self).__name__} has no scores(): subclass an evaluation or write it")
 
     # ---- encoder and classes
     def the_encoder(self) -> Encoder:

@@ -212,7 +212,7 @@ class Segmentation(Evaluation):
         return resize(self.inference(self, image), (labels.shape[-2], labels.shape[-1]))
 
     def predict_labels(self, batch: LabelledBatch) -> Tensor:
-        """See :class:`Evaluation`; in evaluation mode."""
+        """Predicted classes ``(B, h, w)`` int64 on the host, at the size of the labels."""
         training = self.training
         self.eval()
         guesses = [self._test_logits(batch, place).argmax(dim=1).cpu() for place in range(len(batch))]
