@@ -285,7 +285,7 @@ def test_an_encoder_by_name_and_from_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Segmentation(classes=4), "no encoder to measure: give --model.encoder"),
+        (lambda: Segmentation(classes=4), "no encoder to measure: give --encoder"),
         (lambda: Segmentation(tiny_encoder(), classes=7), "data have 4 classes.* made for 7"),
     ],
 )
