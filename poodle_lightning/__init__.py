@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from poodle_lightning.data.labelled import LabelledDataModule
     from poodle_lightning.data.video import VideoDataModule
+    from poodle_lightning.evaluation.segmentation import Segmentation
     from poodle_lightning.hub import (
         dilate,
         export_torchvision,
@@ -30,8 +32,10 @@ _WHERE = {
     "Clip": "types",
     "Features": "types",
     "FlowE": "methods.flowe",
+    "LabelledDataModule": "data.labelled",
     "Method": "methods.base",
     "PooDLe": "methods.poodle",
+    "Segmentation": "evaluation.segmentation",
     "VideoDataModule": "data.video",
     "View": "types",
     "dilate": "hub",
@@ -46,8 +50,10 @@ __all__ = [
     "Clip",
     "Features",
     "FlowE",
+    "LabelledDataModule",
     "Method",
     "PooDLe",
+    "Segmentation",
     "VideoDataModule",
     "View",
     "__version__",
