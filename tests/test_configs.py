@@ -110,3 +110,19 @@ def test_flowe_of_its_own_paper():
     method, _ = made("experiment/flowe_bdd100k_paper")
     assert (method.recipe.optimizer, method.recipe.lr, method.recipe.weight_decay) == ("lars", 0.1, 1e-6)
     assert (method.view.degrees, tuple(method.view.scale)) == (30.0, (0.5, 2.0))
+
+
+@pytest.mark.parametrize("name", [name for name in PATCHES if name.startswith("crop_area")])
+def test_crop_areas_are_those_of_their_law(name):
+    """A window of another aspect than the frame's would be cut down where it does not fit."""
+    from scipy.stats import truncnorm
+
+    from poodle_lightning.ops.random import key_of
+
+    _, data = made("experiment/poodle_ablation", f"patch/{name}")
+    (low, high), (mean, std) = data.rule.area, data.rule.area_normal
+    assert mean == int(name.rsplit("_", 1)[1]) / 1000
+    windows = [data.rule.draw(1280, 720, key_of(0, number)).inner for number in range(400)]
+    shares = torch.tensor([(x1 - x0) * (y1 - y0) / (1280 * 720) for x0, y0, x1, y1 in windows])
+    law = truncnorm((low - mean) / std, (high - mean) / std, loc=mean, scale=std)
+    assert abs(float(shares.mean()) - law.mean()) < 4 * law.std() / 20
