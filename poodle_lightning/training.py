@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -112,7 +113,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"log_every_n_steps": 10},
             seed_everything_default=0,
             parser_kwargs={**raising, **({verb: dict(raising) for verb in VERBS} if run else {})},
-            args=list(args),
+            args=_with_data(args, 1 if run else 0),
             run=run,
             load_from_checkpoint_support=False,
         )
@@ -121,9 +122,6 @@ class TrainingCLI(LightningCLI):
         """Adds ``--name`` and ``--checkpoint``."""
         parser.add_argument(
             "--name", type=str | None, default=None, help="Name of the experiment: runs/<name>/<time>."
-        )
-        parser.set_defaults(
-            {"data": {"class_path": f"{VideoDataModule.__module__}.{VideoDataModule.__name__}"}}
         )
         parser.add_argument("--checkpoint", type=CheckpointPlan, default=CheckpointPlan())
         if self._building:  # what the verbs bring, so that any config can be read
@@ -282,6 +280,31 @@ class TrainingCLI(LightningCLI):
     def before_predict(self) -> None:
         """As before fit."""
         self._begin()
+
+
+def _with_data(args: Sequence[str], front: int) -> list[str]:
+    """The words with the default data module, where neither they nor their files name another.
+
+    As a default of the parser it would leave its own settings (``val_fraction``, ``batch_size``, …) to
+    whatever class takes its place.
+    """
+    words = list(args)
+    for word, value in zip(words, [*words[1:], ""], strict=True):
+        named = word == "--data" or word.startswith("--data=")
+        if named or (word == "--config" and _names_data(Path(value))):
+            return words
+    default = f"--data={VideoDataModule.__module__}.{VideoDataModule.__name__}"
+    return [*words[:front], default, *words[front:]]
+
+
+def _names_data(config: Path) -> bool:
+    """Whether a configuration says which data module it is, itself or by a file."""
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    data = content.get("data") if isinstance(content, dict) else None
+    return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
 
 
 def _millions(parameters: Sequence[Parameter]) -> float:

@@ -121,6 +121,16 @@ def test_going_on_gives_the_same_result_as_one_go(folder):
     assert found[0]["details"]["loss"] == found[1]["details"]["loss"]
 
 
+def folder_of_labels(count):
+    root = Path("labels")
+    for number in range(count):
+        for part in ("images", "masks"):
+            (root / part).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(root / part / f"{number}.png"), np.full((8, 8), number % 2, np.uint8))
+    (root / "classes.yaml").write_text("names: [road, sky]\n")
+    return root
+
+
 @pytest.mark.parametrize(
     ("words", "encoder", "message"),
     [
@@ -162,6 +172,21 @@ def test_bad_labels_are_refused_before_anything_is_trained(folder, capsys):
     assert "7" in said
     assert "6 " in said  # how many pixels
     assert len(list(Path("runs/linear-encoder").glob("*/metrics.csv"))) == 1
+
+
+def test_labelled_data_have_their_own_defaults_not_those_of_videos(folder):
+    """A class that takes the place of another in a parser's default inherits the settings of that name."""
+    import inspect
+
+    from poodle_lightning import LabelledDataModule
+
+    _, data = cli.build(["evaluation/quick_linear.yaml"], ["--data.root", str(folder_of_labels(5))])
+    own = inspect.signature(LabelledDataModule).parameters
+    assert data.source.val_fraction == own["val_fraction"].default
+    text = Path("linear.yaml").read_text().replace("batch_size: 2, ", "")
+    Path("plain.yaml").write_text(text)
+    _, data = cli.build(["plain.yaml"])
+    assert data.batch_size == own["batch_size"].default
 
 
 def test_without_a_protocol_or_with_one_for_pretraining_it_says_which_to_give(folder, capsys):

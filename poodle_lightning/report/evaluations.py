@@ -6,9 +6,9 @@ from functools import partial
 from html import escape
 
 from poodle_lightning.draw.curves import Series, curves
-from poodle_lightning.draw.segmentation import class_bars
+from poodle_lightning.draw.segmentation import class_bars, palette
 from poodle_lightning.report.files import RunFiles
-from poodle_lightning.report.page import Section, data_url, grid, plot, table
+from poodle_lightning.report.page import Section, chips, data_url, grid, plot, table
 from poodle_lightning.report.results import PICTURES, read_result, words_of
 
 
@@ -35,7 +35,10 @@ def result(files: RunFiles) -> Section | None:
             f'<figure><img alt="{caption}" src="{data_url(path.read_bytes())}">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
-    body += grid(cells, 1, 1) if cells else ""
+    if cells:
+        names = list(next(iter(measures.values()), {}))
+        colours = palette(names)
+        body += grid(cells, 1, 1) + chips({name: colours[i].tolist() for i, name in enumerate(names)})
     sentence = f"{content['protocol']} on the encoder {content['encoder']}, seed {content['seed']}." + (
         " Pictures: image, truth, prediction, errors (red) of the worst images of the worst classes."
         if cells

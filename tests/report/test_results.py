@@ -116,6 +116,7 @@ def test_the_report_of_an_evaluation_shows_scores_and_pictures(tmp_path):
     assert "Evaluation" in page
     assert "39.25 %" in page
     assert page.count("01_sky_frame-1") == 2
+    assert "rgb(128 64 128)" in page  # the key says which colour is road
     assert "data:image/png;base64" in page
 
 
