@@ -17,7 +17,7 @@ IGNORE = 255
 """The label of pixels that take no part in any loss or score."""
 
 # What the host needs to decide or to log stays on the host: moving it would only force reads back.
-_HOST_FIELDS = ("times", "index", "key")
+_HOST_FIELDS = ("times", "index", "key", "present")
 
 
 class UserError(Exception):
@@ -59,6 +59,8 @@ class Clip:
         key: ``(B,)`` int64, the item's random key = f(seed, epoch, index); stays on the host.
         flow: optional ``(B, 2, 2, H, W)`` float32: ``[:, 0]`` first frame → second, ``[:, 1]`` back, in
             pixels of ``frames``. A row of NaN is missing and is filled by the estimator.
+        present: optional ``(B, 2)`` bool, which rows of ``flow`` are there; stays on the host, so that
+            nothing need be read back from a device to know it. None: the flow itself is looked at.
         points: optional ``(B, P, T, 2)`` tracked points in extent coordinates of the crop; NaN = lost.
         labels: optional ``(B, T, H, W)`` uint8 in pixels of ``frames``; 255 = ignore.
         skipped: videos that were tried for this batch and replaced; stays on the host.
@@ -75,6 +77,7 @@ class Clip:
     index: Tensor
     key: Tensor
     flow: Tensor | None = None
+    present: Tensor | None = None
     points: Tensor | None = None
     labels: Tensor | None = None
     skipped: tuple[Skip, ...] = ()
@@ -97,6 +100,7 @@ class Clip:
         pixels = tuple(self.frames.shape[-2:])
         for name, given, shape in (
             ("flow", self.flow, (batch, 2, 2, *pixels)),
+            ("present", self.present, (batch, 2)),
             ("labels", self.labels, (batch, count, *pixels)),
         ):
             if given is not None and given.shape != shape:
@@ -134,7 +138,8 @@ class Clip:
         if self.flow is None:
             return None
         both = torch.cat([self.flow[:, 0], self.flow[:, 1]])
-        present = both.isfinite().flatten(1).all(dim=1)
+        known = self.present
+        present = both.isfinite().flatten(1).all(dim=1) if known is None else known.t().flatten()
         window = Affine(self.window.matrix.repeat(2, 1, 1))
         return Flow.from_pixels(both.nan_to_num(0.0)).through(window, self.size), present
 

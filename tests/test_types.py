@@ -1,4 +1,5 @@
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,12 +67,22 @@ def test_given_flow_is_in_the_crops_units_and_marks_what_is_missing():
     assert plain().given_flow() is None
 
 
+def test_what_the_host_knows_of_the_flow_is_not_looked_up():
+    """Rows said to be missing are missing, whatever the flow holds: it is never read to find out."""
+    clip = make_clip(shift=(3.0, 1.0))
+    told = replace(clip, present=torch.tensor([[True, False], [False, True]]))
+    assert told.given_flow()[1].tolist() == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"Clip\.present"):
+        replace(clip, present=torch.zeros(2, dtype=torch.bool))
+
+
 def test_host_fields_stay_on_the_host():
-    moved = make_clip().to("meta")
+    moved = replace(make_clip(), present=torch.ones(2, 2, dtype=torch.bool)).to("meta")
     assert moved.frames.device.type == "meta"
     assert moved.window.matrix.device.type == "meta"
     assert moved.flow.device.type == "meta"
-    assert moved.key.device.type == moved.index.device.type == moved.times.device.type == "cpu"
+    for kept in (moved.key, moved.index, moved.times, moved.present):
+        assert kept.device.type == "cpu"
 
 
 def test_rows_and_pickle():

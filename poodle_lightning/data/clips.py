@@ -219,6 +219,7 @@ def collate(groups: Sequence[Group], size: Size) -> Clip | Exhausted:
         index=torch.tensor([item.index for item in items], dtype=torch.int64),
         key=torch.stack([item.key for item in items]),
         flow=_stacked(flow, (2, 2, height, width), torch.nan, torch.float32),
+        present=_present(flow),
         labels=_stacked(labels, (len(items[0].times), height, width), IGNORE, torch.uint8),
         skipped=skipped,
     )
@@ -231,6 +232,14 @@ def _stacked(
         return None
     fill = torch.full(shape, missing, dtype=dtype)
     return torch.stack([fill if row is None else _padded(row, *shape[-2:]) for row in rows])
+
+
+def _present(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """Which directions of which clips have flow, ``(B, 2)`` bool: a sum is finite if its terms are."""
+    if all(row is None for row in rows):
+        return None
+    missing = torch.zeros(2, dtype=torch.bool)
+    return torch.stack([missing if row is None else row.sum((1, 2, 3)).isfinite() for row in rows])
 
 
 def _padded(x: Tensor, height: int, width: int) -> Tensor:

@@ -20,7 +20,7 @@ from poodle_lightning.types import Clip, FlowEstimator, UserError
 def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> Flow:
     """The clip's own flow, with the rows it lacks estimated.
 
-    A clip without flow costs nothing here; one with flow costs one read-back, to learn which rows it has.
+    Which rows a clip has is known on the host (``Clip.present``), so nothing is read back from its device.
 
     Args:
         clip: may give flow; a row of NaN is missing.
@@ -44,12 +44,17 @@ def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> F
     pairs = (~present.reshape(2, -1).all(dim=0)).nonzero().squeeze(1)
     if not len(pairs):
         return flow
-    estimated = estimate(clean[pairs]).displacement
     rows = torch.cat([pairs, pairs + len(clean)])
-    keep = present[rows].reshape(-1, 1, 1, 1)
+    keep = _to(present[rows].reshape(-1, 1, 1, 1), clean.device)
+    pairs, rows = _to(pairs, clean.device), _to(rows, clean.device)
+    estimated = estimate(clean[pairs]).displacement
     displacement = flow.displacement.clone()
     displacement[rows] = torch.where(keep, displacement[rows], estimated.to(displacement))
     return Flow(displacement)
+
+
+def _to(x: Tensor, device: torch.device) -> Tensor:
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 class Given(Configured, FlowEstimator):

@@ -238,6 +238,7 @@ def test_a_batch_may_hold_clips_with_and_without_flow():
     clip = collate([with_flow, without], rule.size)
     _, present = clip.given_flow()
     assert present.tolist() == [True, False, True, False]
+    assert clip.present.tolist() == [[True, True], [False, False]]
     assert torch.all(clip.flow[0] == 1.5)
 
 

@@ -1,0 +1,1 @@
+"""The published formulations that benchmarks compare with, written anew from their formulas."""
