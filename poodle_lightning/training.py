@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn import Parameter
 
 from poodle_lightning import runs
-from poodle_lightning.callbacks.checkpoints import AtomicCheckpointIO, check_fits
+from poodle_lightning.callbacks.checkpoints import AtomicCheckpointIO, TimedCheckpoint, check_fits
 from poodle_lightning.callbacks.faults import Faults
 from poodle_lightning.callbacks.health import Health
 from poodle_lightning.callbacks.metrics_file import MetricsFile
@@ -69,7 +69,7 @@ class CheckpointPlan:
             made.append(ModelCheckpoint(filename=name, every_n_train_steps=self.every_n_steps, **regular))
         if self.every_minutes is not None:
             interval = timedelta(minutes=self.every_minutes)
-            recent = ModelCheckpoint(
+            recent = TimedCheckpoint(
                 filename="recent", train_time_interval=interval, save_top_k=1, enable_version_counter=False
             )
             made.append(recent)

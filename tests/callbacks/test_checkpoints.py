@@ -1,12 +1,15 @@
 import os
 import signal
 import time
+from datetime import timedelta
 
+import lightning as L
 import pytest
 import torch
 
 from poodle_lightning.callbacks.checkpoints import (
     AtomicCheckpointIO,
+    TimedCheckpoint,
     damage_of,
     read_checkpoint,
     write_atomically,
@@ -93,3 +96,29 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_file(tmp_path):
         assert torch.equal(weight, torch.full_like(weight, float(weight[0, 0])))
         seen.add(float(weight[0, 0]))
     assert len(seen) > 1
+
+
+def test_a_timed_checkpoint_asks_the_other_devices_at_every_20th_step_only(tmp_path):
+    class Line(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch).mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    timed = TimedCheckpoint(tmp_path, filename="recent", train_time_interval=timedelta(0))
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_steps=45, logger=False, callbacks=[timed],
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    asked, saved = [], []
+    broadcast, save = trainer.strategy.broadcast, trainer.save_checkpoint
+    trainer.strategy.broadcast = lambda x, *a: (asked.append(trainer.global_step), broadcast(x, *a))[1]
+    trainer.save_checkpoint = lambda *a, **k: (saved.append(trainer.global_step), save(*a, **k))[1]
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(45, 1)))
+    assert {20, 40} <= set(saved) <= {20, 40, 45}
+    assert not {step for step in asked if step % 20} - {45}
