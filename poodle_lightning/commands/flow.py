@@ -2,28 +2,30 @@
 
 What it stores is what ``FixedPairs`` draws in training; the settings of both must agree, and with
 ``--config`` they do by themselves.
+
+Processes share the videos out among themselves: by ``--shard``, or by what a launcher (torchrun, srun) tells
+them. Each writes other files of the same cache, so they need not know of each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from poodle_lightning.commands import Build, add_config_arguments
+from poodle_lightning.commands._flow_work import AtOnce, Count, Estimators, OnDevices, Work
 from poodle_lightning.types import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from poodle_lightning.data.cached_flow import FixedPairs, PixelEstimator
-    from poodle_lightning.data.flow_cache import FlowCache, Moments
+    from poodle_lightning.data.cached_flow import FixedPairs
+    from poodle_lightning.data.shares import Share
     from poodle_lightning.data.sources import Entry, Source
 
 NAME = "flow"
@@ -35,16 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--root", metavar="DIR", help="folder of videos, in place of --config")
     parser.add_argument("--out", metavar="DIR", required=True, help="the cache; may hold flow already")
+    _add_estimator_arguments(parser)
     parser.add_argument(
-        "--estimator", choices=("dis", "raft"), default="dis", help="what computes it (default: %(default)s)"
+        "--shard",
+        metavar="I/N",
+        help="only the I-th of N shares of the videos, from 1 (default: by RANK and WORLD_SIZE, or else by "
+        "SLURM_PROCID and SLURM_NTASKS, if they are set; otherwise all)",
     )
-    parser.add_argument("--preset", default="medium", help="of DIS: ultrafast, fast or medium (default)")
-    parser.add_argument("--size", default="large", help="of RAFT: large (default) or small")
-    parser.add_argument(
-        "--weights", default="C_T_V1", help="of RAFT: a name or a file (default: %(default)s)"
-    )
-    parser.add_argument("--iterations", type=int, default=24, help="of RAFT (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where RAFT runs (default: %(default)s)")
     parser.add_argument(
         "--pairs-per-video", type=int, default=10, metavar="N", help="with --root (default: %(default)s)"
     )
@@ -62,7 +61,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-resolution", action="store_true", help="store every pixel, three times as much"
     )
+    parser.add_argument(
+        "--form",
+        choices=("delta", "jpeg"),
+        default="delta",
+        help="delta: numbers within 1/16 px (default); jpeg: as PiCo, smaller, approximate",
+    )
+    parser.add_argument(
+        "--quality", type=int, default=95, metavar="Q", help="of jpeg, 1 to 100 (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
+
+
+def _add_estimator_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--estimator", choices=("dis", "raft"), default="dis", help="what computes it (default: %(default)s)"
+    )
+    parser.add_argument("--preset", default="medium", help="of DIS: ultrafast, fast or medium (default)")
+    parser.add_argument("--size", default="large", help="of RAFT: large (default) or small")
+    parser.add_argument(
+        "--weights", default="C_T_V1", help="of RAFT: a name or a file (default: %(default)s)"
+    )
+    parser.add_argument("--iterations", type=int, default=24, help="of RAFT (default: %(default)s)")
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of RAFT (default: %(default)s); another one is another flow",
+    )
+    parser.add_argument("--device", default="cpu", help="where RAFT runs (default: %(default)s)")
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="RAFT on that many of them (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of RAFT: pairs at once on a device (default: by the frames' size, 8 at 512x1024)",
+    )
 
 
 def run(args: argparse.Namespace, build: Build) -> int:
@@ -73,24 +110,31 @@ def run(args: argparse.Namespace, build: Build) -> int:
         build: ``(configs, overrides) -> (method, data module)``, for ``--config``.
 
     Raises:
-        UserError: there are no videos, none of them can be used, or the cache cannot be written.
+        UserError: there are no videos, none of them can be used, the cache cannot be written, a device is not
+            there or has no room, or the share is none.
     """
     from poodle_lightning.data.flow_cache import FlowCache
+    from poodle_lightning.data.shares import Share
 
+    share = Share.find(args.shard, os.environ)
     source, entries, sampler = _what(args, build)
-    estimator = _estimator(args)
-    cache = FlowCache(args.out, estimator.fingerprint, args.full_resolution)
-    threads = 1 if args.estimator == "raft" else args.workers or os.cpu_count() or 1
+    name, estimators, threads = _estimators(args, share)
+    cache = FlowCache(args.out, name, args.full_resolution, args.form, args.quality)
+    videos = _share(share, entries, sampler.fixed)
     began = time.monotonic()
-    total = _compute(_Work(source, sampler, estimator, cache), entries, threads)
+    try:
+        total = _compute(Work(source, sampler, estimators, cache), videos, threads, share)
+    finally:
+        estimators.close()
     seconds = max(time.monotonic() - began, 1e-9)
     if total.left_out:
         print(f"flow: pairs left out: {_listed(total.left_out)}", file=sys.stderr)
-    if not total.stored + total.kept:
+    if videos and not total.stored + total.kept:
         raise UserError(f"no pair of frames could be used ({_listed(total.left_out)}): check the videos")
     per_pair = total.bytes / total.stored / 1e3 if total.stored else 0.0
+    where = args.out if share.count == 1 else f"{args.out}, {share}"
     print(
-        f"{args.out}: {total.stored} pairs computed in {seconds:.1f} s, {total.kept} were there; "
+        f"{where}: {total.stored} pairs computed in {seconds:.1f} s, {total.kept} were there; "
         f"{total.stored / seconds:.2f} pairs/s, {total.bytes / 1e6:.1f} MB, {per_pair:.0f} KB a pair"
     )
     return 0
@@ -121,127 +165,90 @@ def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entr
     return source, source.entries, sampler
 
 
-def _estimator(args: argparse.Namespace) -> PixelEstimator:
-    if args.estimator == "dis":
-        from poodle_lightning.flow.dis import DIS
+def _share(share: Share, entries: Sequence[Entry], fixed: int) -> dict[str, list[Entry]]:
+    """The share's videos, each with all its stretches: two writers of one file would undo each other's work.
 
-        return DIS(args.preset)
-    from poodle_lightning.flow.raft import RAFT
-
-    raft = RAFT(args.size, args.weights, args.iterations)
-    try:
-        return raft.to(args.device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
-
-
-@dataclass
-class _Count:
-    """Pairs of a stretch, or of all."""
-
-    stored: int = 0
-    kept: int = 0
-    bytes: int = 0
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def __iadd__(self, other: _Count) -> Self:
-        self.stored += other.stored
-        self.kept += other.kept
-        self.bytes += other.bytes
-        self.left_out += other.left_out
-        return self
-
-
-@dataclass(frozen=True)
-class _Work:
-    """What is done to each video."""
-
-    source: Source
-    sampler: FixedPairs
-    estimator: PixelEstimator
-    cache: FlowCache
-
-    def video(self, stretches: Sequence[Entry], advance: Callable[[int], object]) -> _Count:
-        """All stretches of one video, one after the other: they share files.
-
-        Raises:
-            UserError: the cache cannot be written.
-        """
-        total = _Count()
-        for entry in stretches:
-            total += self._stretch(entry, advance)
-            if not self.cache.writable:
-                raise UserError(
-                    f"{self.cache.folder} cannot be written: make room or choose another --out; what is "
-                    "there stays, and the same command goes on from it"
-                )
-        return total
-
-    def _stretch(self, entry: Entry, advance: Callable[[int], object]) -> _Count:
-        from poodle_lightning.data.cached_flow import video_of
-        from poodle_lightning.data.sampling import TooShort
-
-        count = _Count()
-        video = video_of(entry.path)
-        try:
-            pairs = [(entry.start + a, entry.start + b) for a, b in self.sampler.pairs(entry.duration)]
-        except TooShort:
-            pairs = []
-        if video is None or not pairs:
-            count.left_out["not_a_file" if video is None else "too_short"] += self.sampler.fixed
-            advance(self.sampler.fixed)
-            return count
-        lacking = self.cache.lacking(video, pairs)
-        count.kept = len(pairs) - len(lacking)
-        advance(count.kept)
-        flows = self._flows(entry, lacking, count, advance)
-        count.stored, count.bytes = self.cache.put_all(video, flows)
-        return count
-
-    def _flows(
-        self, entry: Entry, pairs: Sequence[Moments], count: _Count, advance: Callable[[int], object]
-    ) -> Iterator[tuple[float, float, np.ndarray]]:
-        """Flow of the pairs that can be read; a damaged place ends one pair, not the video."""
-        from poodle_lightning.data.info import DecodeError
-
-        reader = None
-        for first, second in pairs:
-            try:
-                reader = reader or self.source.open(entry)
-                frames, _ = reader.read([first, second])
-                yield first, second, self.estimator.pixels(frames[0], frames[1])
-            except (DecodeError, OSError, UserError) as error:  # UserError: too small for the estimator
-                count.left_out[
-                    "too_small" if isinstance(error, UserError) else getattr(error, "reason", "unreadable")
-                ] += 1
-                if reader is not None:
-                    reader.close()
-                reader = None
-            advance(1)
-        if reader is not None:
-            reader.close()
-
-
-def _compute(work: _Work, entries: Sequence[Entry], threads: int) -> _Count:
-    """All videos, several at a time, with a bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    They are weighed by their pairs, for a pair takes as long in a long video as in a short one.
+    """
     videos: dict[str, list[Entry]] = {}
     for entry in entries:
         videos.setdefault(entry.path, []).append(entry)
-    total = _Count()
-    columns = (TextColumn("pairs"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    if share.count == 1:
+        return videos
+    weights = {path: float(fixed * len(stretches)) for path, stretches in videos.items()}
+    chosen = {path: videos[path] for path in share.of(weights)}
+    pairs = sum(weights[path] for path in chosen)
+    print(
+        f"flow: {share} (by {share.origin}): {len(chosen)} of {len(videos)} videos, {pairs:.0f} pairs",
+        file=sys.stderr,
+    )
+    return chosen
+
+
+def _estimators(args: argparse.Namespace, share: Share) -> tuple[str, Estimators, int]:
+    """What the flow depends on, what computes it, and how many threads read videos for it."""
+    if args.devices < 1 or args.batch < 0:
+        raise UserError(f"--devices {args.devices} and --batch {args.batch} must be positive")
+    cores = args.workers or os.cpu_count() or 1
+    if args.estimator == "dis":
+        from poodle_lightning.flow.dis import DIS
+
+        if args.devices > 1:
+            raise UserError("--devices is for RAFT: DIS works on the CPU, in --workers threads")
+        dis = DIS(args.preset)
+        return dis.fingerprint, AtOnce(dis), cores
+    from poodle_lightning.flow.raft import RAFT
+
+    raft = RAFT(args.size, args.weights, args.iterations, precision=args.precision)
+    names = _devices(args.device, args.devices, share)
+    try:
+        rafts = [copy.deepcopy(raft).to(name) for name in names]
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    threads = args.workers or (1 if args.device == "cpu" else cores)
+    return raft.fingerprint, OnDevices(rafts, args.batch, threads), threads
+
+
+def _devices(device: str, count: int, share: Share) -> list[str]:
+    """Names of the devices.
+
+    With one process per device, which a launcher's ranks tell, each takes its own of those that it sees.
+    """
+    import torch
+
+    if device == "cpu":
+        return [device] * count
+    if count > 1:
+        if ":" in device:
+            raise UserError(
+                f"--device {device} is one device: for --devices {count} give its kind, e.g. cuda"
+            )
+        return [f"{device}:{number}" for number in range(count)]
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
+    if device == "cuda" and share.origin and local.isdecimal() and torch.cuda.device_count():
+        return [f"cuda:{int(local) % torch.cuda.device_count()}"]
+    return [device]
+
+
+def _compute(work: Work, videos: Mapping[str, Sequence[Entry]], threads: int, share: Share) -> Count:
+    """All videos of a share, several at a time, with a bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    total = Count()
+    label = "pairs" if share.count == 1 else f"pairs of {share}"
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(threads) as pool:
-        task = bar.add_task("flow", total=len(entries) * work.sampler.fixed)
+        stretches = sum(len(entries) for entries in videos.values())
+        task = bar.add_task("flow", total=stretches * work.sampler.fixed)
         jobs = [
-            pool.submit(work.video, stretches, lambda n: bar.advance(task, n))
-            for stretches in videos.values()
+            pool.submit(work.video, entries, lambda n: bar.advance(task, n)) for entries in videos.values()
         ]
         try:
             for job in as_completed(jobs):
                 total += job.result()
         except BaseException:
+            work.estimators.close()  # or the pool would wait until all running videos are done
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return total

@@ -13,8 +13,9 @@ import numpy as np
 from torch import Tensor
 
 from poodle_lightning.configured import Configured
-from poodle_lightning.data.flow_cache import Box, FlowCache, Moments
+from poodle_lightning.data.flow_cache import FlowCache, Form, Moments
 from poodle_lightning.data.info import fingerprint
+from poodle_lightning.data.pixels import Box
 from poodle_lightning.data.sampling import PairSampler
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.random import key_of, permutation
@@ -101,14 +102,26 @@ class CachedFlow(Configured):
         folder: of the cache; ``poodle-lightning flow`` fills it.
         estimator: computes what is missing, in the worker. None takes the flow of any estimator from the
             cache and leaves missing rows to the method's own estimator.
-        full_resolution: store every pixel instead of the mean of every 2x2.
+        full_resolution: store every pixel instead of one value for every 2x2.
+        form: of what is stored: ``delta``, within 1/16 px at full resolution, or ``jpeg``, PiCo's way,
+            smaller and approximate. Flow that is there is taken in either form: give a folder one form.
+        quality: of ``jpeg``, 1 to 100.
+
+    Raises:
+        UserError: no such form or quality.
     """
 
     def __init__(
-        self, folder: str, estimator: PixelEstimator | None = None, full_resolution: bool = False
+        self,
+        folder: str,
+        estimator: PixelEstimator | None = None,
+        full_resolution: bool = False,
+        form: Form = "delta",
+        quality: int = 95,
     ) -> None:
         self.estimator = estimator
-        self.cache = FlowCache(folder, None if estimator is None else estimator.fingerprint, full_resolution)
+        name = None if estimator is None else estimator.fingerprint
+        self.cache = FlowCache(folder, name, full_resolution, form, quality)
         if estimator is None and not self.cache.folder.is_dir():
             warnings.warn(
                 f"no flow cache at {folder}: fill it by poodle-lightning flow --out {folder}; until then the"

@@ -9,11 +9,14 @@ One file per video (per minute of a longer one), ``<folder>/<2 digits>/<hash>.fl
 
     magic, version, length and CRC-32 of the header        little endian, 20 bytes
     header: JSON with video, estimator, entries            times in µs, shape, step, place and CRC-32
-    one block per pair: flow there and back (4 planes)     int16 in 1/8 px, horizontal differences, zlib
+    one block per pair: flow there and back (4 planes)     in one of two forms
 
-At half resolution (the default) a block stores the mean of every 2x2 pixels; still in whole-frame pixels. The
-rounding error is at most 1/16 px; a flow that is affine comes back exactly but for that, inside. A 512x1024
-frame of street video takes 180 KB a direction, or 530 KB at full resolution.
+``delta`` (``data.flow_delta``) is the default: int16 in 1/8 px, horizontal differences, zlib, so the rounding
+error is at most 1/16 px. ``jpeg`` (``data.flow_jpeg``) is PiCo's: smaller, approximate. A block says which it
+is, one file may hold both, and what is there is read whatever its form.
+
+At half resolution (the default) one value stands for 2x2 pixels; still in whole-frame pixels. A flow that is
+affine comes back exactly but for the rounding, inside; see ``data.flow_planes`` for others.
 
 A file is written beside its place, flushed to disk and renamed, so a reader sees the old one or the new one.
 Of two writers of one video the last wins. Whatever is torn, damaged, of another video, estimator or version
@@ -32,20 +35,23 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 
+from poodle_lightning.data import flow_delta, flow_jpeg
+from poodle_lightning.data.flow_planes import Part
+from poodle_lightning.data.pixels import Box
 from poodle_lightning.ops.geometry import Size
+from poodle_lightning.types import UserError
 
 VERSION = 1
-Box = tuple[int, int, int, int]
 Moments = tuple[float, float]
+Form = Literal["delta", "jpeg"]
 
 _MAGIC = b"PLFLOW\r\n"  # the line end shows a transfer as text
 _HEAD = struct.Struct("<8sIII")
-_UNIT = 8  # steps per pixel
-_REACH = 4095.0  # px; what int16 holds
+_FORMS = {"delta": flow_delta.decode, "jpeg": flow_jpeg.decode}
 _LARGEST = 1 << 15  # px a side, and a bound on what a damaged header makes us allocate
 _LARGEST_HEADER = 1 << 24
 _PART = 60.0  # seconds of video per file: adding a pair rewrites the file, so an hour must not be one
@@ -57,7 +63,10 @@ class _Damaged(Exception):
 
 @dataclass(frozen=True)
 class _Block:
-    """Where the flow of a pair is; times in µs, ``step`` frame pixels per stored value."""
+    """Where the flow of a pair is; times in µs, ``step`` frame pixels per stored value.
+
+    A header names the form only where it is not ``delta``, as the first files did not name any.
+    """
 
     a: int
     b: int
@@ -67,12 +76,20 @@ class _Block:
     place: int
     length: int
     crc: int
+    form: str = "delta"
 
     def __post_init__(self) -> None:
-        if any(type(value) is not int or value < 0 for value in asdict(self).values()):
+        if self.form not in _FORMS:
+            raise ValueError("no such form")
+        if any(type(value) is not int or value < 0 for name, value in asdict(self).items() if name != "form"):
             raise ValueError("not a natural number")
         if self.step not in (1, 2) or not all(0 < side <= _LARGEST for side in (self.height, self.width)):
             raise ValueError("no such frame")
+
+    @property
+    def entry(self) -> dict[str, int | str]:
+        """As it stands in the header."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("form", "delta")}
 
 
 _Blocks = dict[tuple[int, int], tuple[_Block, bytes]]
@@ -86,12 +103,27 @@ class FlowCache:
         estimator: the estimator's ``fingerprint``; files of another one are stale. None takes whatever is
             there, and cannot write.
         full_resolution: store every pixel; a stored half is then not good enough and counts as missing.
+        form: of what is written, ``delta`` or ``jpeg``; what is there is read in either form.
+        quality: of ``jpeg``, 1 to 100.
+
+    Raises:
+        UserError: no such form or quality.
     """
 
     def __init__(
-        self, folder: str | Path, estimator: str | None = None, full_resolution: bool = False
+        self,
+        folder: str | Path,
+        estimator: str | None = None,
+        full_resolution: bool = False,
+        form: Form = "delta",
+        quality: int = 95,
     ) -> None:
+        if form not in _FORMS:
+            raise UserError(f"a flow cache has no form {form!r}: choose one of {', '.join(_FORMS)}")
+        if not 1 <= quality <= 100:
+            raise UserError(f"JPEG quality goes from 1 to 100, not {quality}")
         self.folder, self.estimator = Path(folder), estimator
+        self.form, self.quality = form, quality
         self.step = 1 if full_resolution else 2
         self.writable = True
         self._warned: set[str] = set()
@@ -130,7 +162,7 @@ class FlowCache:
                     return None
                 if size is not None and size != (block.height, block.width):
                     return None
-                return _decode(_read_block(file, start, block), block, box)
+                return _unpacked(_read_block(file, start, block), block, box)
         except (_Damaged, FileNotFoundError):
             return None
         except OSError as error:
@@ -178,9 +210,9 @@ class FlowCache:
             if not _storable(flow):
                 self._warn("bad", "leaves out flow that is not finite or beyond 4095 px")
                 continue
-            data = encode(flow, self.step)
-            moments = (_micro(t_a), _micro(t_b))
-            block = _Block(*moments, flow.shape[2], flow.shape[3], self.step, 0, len(data), zlib.crc32(data))
+            data = self._packed(flow)
+            moments, size = (_micro(t_a), _micro(t_b)), (flow.shape[2], flow.shape[3])
+            block = _Block(*moments, *size, self.step, 0, len(data), zlib.crc32(data), self.form)
             fresh.setdefault(self.path(video, t_a), {})[moments] = block, data
         try:
             for path, blocks in fresh.items():
@@ -194,11 +226,16 @@ class FlowCache:
 
     def rounded(self, flow: np.ndarray, box: Box | None = None) -> np.ndarray:
         """Flow as it would come back from here, or a box of it; what cannot be stored comes back as it is."""
+        size = (flow.shape[2], flow.shape[3])
         if not _storable(flow):
-            x0, y0, x1, y1 = box or (0, 0, flow.shape[3], flow.shape[2])
+            x0, y0, x1, y1 = Part(size, 1, box).inside
             return flow[:, :, y0:y1, x0:x1]
-        data = encode(flow, self.step)
-        return _decode(data, _Block(0, 0, flow.shape[2], flow.shape[3], self.step, 0, len(data), 0), box)
+        return _FORMS[self.form](self._packed(flow), size, self.step, box)
+
+    def _packed(self, flow: np.ndarray) -> bytes:
+        if self.form == "jpeg":
+            return flow_jpeg.encode(flow, self.quality, self.step)
+        return flow_delta.encode(flow, self.step)
 
     # ---- the file
     def _header(self, file: IO[bytes], video: str) -> tuple[int, dict[tuple[int, int], _Block]]:
@@ -243,7 +280,7 @@ class FlowCache:
     def _write(self, path: Path, video: str, blocks: _Blocks) -> None:
         place, entries = 0, []
         for block, data in blocks.values():
-            entries.append(asdict(block) | {"place": place})
+            entries.append(block.entry | {"place": place})
             place += len(data)
         content = {"video": video, "estimator": self.estimator, "entries": entries}
         text = json.dumps(content, separators=(",", ":")).encode()
@@ -267,52 +304,11 @@ class FlowCache:
             warnings.warn(f"flow cache {self.folder} {what}", RuntimeWarning, stacklevel=3)
 
 
-def encode(flow: np.ndarray, step: int) -> bytes:
-    """Flow ``(2, 2, H, W)`` px as a block; ``step`` 2 stores the mean of every 2x2 pixels."""
-    planes: np.ndarray = flow.reshape(4, *flow.shape[2:]).astype(np.float32, copy=False)
-    if step == 2:
-        odd = [(0, 0), *((0, length % 2) for length in planes.shape[1:])]
-        even = np.pad(planes, odd, mode="edge") if any(high for _, high in odd) else planes
-        rows = even[:, 0::2] + even[:, 1::2]
-        planes = (rows[..., 0::2] + rows[..., 1::2]) / 4
-    values = np.rint(planes * _UNIT).astype("<i2")
-    values[..., 1:] -= values[..., :-1].copy()  # wraps around, and back when it is summed up
-    return zlib.compress(values.tobytes(), level=6)
-
-
-def _decode(data: bytes, block: _Block, box: Box | None) -> np.ndarray:
-    height, width, step = block.height, block.width, block.step
-    rows, columns = -(-height // step), -(-width // step)
-    expected = 4 * rows * columns * 2
+def _unpacked(data: bytes, block: _Block, box: Box | None) -> np.ndarray:
     try:
-        raw = zlib.decompressobj().decompress(data, expected)
-    except zlib.error as error:
+        return _FORMS[block.form](data, (block.height, block.width), block.step, box)
+    except ValueError as error:
         raise _Damaged from error
-    if len(raw) != expected:
-        raise _Damaged
-    values = np.frombuffer(raw, "<i2").reshape(4, rows, columns)
-    x0, y0, x1, y1 = (0, 0, width, height) if box is None else box
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise _Damaged
-    if step == 1:
-        planes = np.cumsum(values[:, y0:y1], axis=2, dtype=np.int16)[..., x0:x1]
-        return (planes.astype(np.float32) / _UNIT).reshape(2, 2, y1 - y0, x1 - x0)
-    # a margin of one stored value, so that a crop equals the same part of the whole
-    left, top = max(0, x0 // 2 - 1), max(0, y0 // 2 - 1)
-    planes = np.cumsum(values[:, top : (y1 + 1) // 2 + 1], axis=2, dtype=np.int16)
-    planes = planes[..., left : (x1 + 1) // 2 + 1]
-    fine = _doubled(planes.astype(np.float32) / _UNIT)
-    cut = fine[:, y0 - 2 * top : y1 - 2 * top, x0 - 2 * left : x1 - 2 * left]
-    return np.ascontiguousarray(cut).reshape(2, 2, y1 - y0, x1 - x0)
-
-
-def _doubled(planes: np.ndarray) -> np.ndarray:
-    """``(4, h, w)`` → ``(4, 2h, 2w)``, bilinear, clamped at the border."""
-    import cv2
-
-    size = (2 * planes.shape[2], 2 * planes.shape[1])
-    fine = cv2.resize(np.ascontiguousarray(planes.transpose(1, 2, 0)), size, interpolation=cv2.INTER_LINEAR)
-    return fine.transpose(2, 0, 1)
 
 
 def _read_block(file: IO[bytes], start: int, block: _Block) -> bytes:
@@ -325,7 +321,7 @@ def _read_block(file: IO[bytes], start: int, block: _Block) -> bytes:
 
 
 def _storable(flow: np.ndarray) -> bool:
-    return bool((np.abs(flow) < _REACH).all())
+    return bool((np.abs(flow) < flow_delta.REACH).all())
 
 
 def _micro(seconds: float) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import threading
 import types
 
 import cv2
@@ -11,14 +12,17 @@ import torch
 from torchvision.models.optical_flow import raft_small
 
 from poodle_lightning.commands import flow as command
+from poodle_lightning.commands._flow_work import OnDevices
 from poodle_lightning.data.cached_flow import FixedPairs, video_of
 from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.flow_cache import FlowCache
 from poodle_lightning.data.sampling import PairSampler
-from poodle_lightning.data.sources import FolderSource
+from poodle_lightning.data.shares import Share
+from poodle_lightning.data.sources import Entry, FolderSource
 from poodle_lightning.data.split import segments
 from poodle_lightning.flow.dis import DIS
+from poodle_lightning.flow.raft import RAFT
 from poodle_lightning.types import UserError
 
 FPS, FRAMES, HEIGHT, WIDTH = 10, 21, 48, 64
@@ -26,6 +30,8 @@ FPS, FRAMES, HEIGHT, WIDTH = 10, 21, 48, 64
 
 @pytest.fixture(autouse=True)
 def own_index(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS", "LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "index"))
 
 
@@ -123,6 +129,182 @@ def test_raft_from_a_file(films, tmp_path, capsys):
         run(films, out, *words, "--weights", "nowhere.pth")
 
 
+# ---- several devices
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "small.pth"
+    torch.save(raft_small(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Which network computed how many pairs at once."""
+    seen, pixels_of = [], RAFT.pixels_of
+
+    def watched(self, pairs):
+        seen.append((id(self), len(pairs)))
+        return pixels_of(self, pairs)
+
+    monkeypatch.setattr(RAFT, "pixels_of", watched)
+    return seen
+
+
+def raft_words(weights):
+    return ["--estimator", "raft", "--size", "small", "--iterations", 1, "--weights", weights]
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_raft_in_batches_on_several_devices_stores_what_one_pair_at_a_time_gives(
+    films, tmp_path, capsys, weights, batches, devices
+):
+    out, words = tmp_path / "out", raft_words(weights)
+    assert run(films, out, *words, "--devices", devices, "--batch", 2, "--workers", 2) == 0
+    assert numbers(capsys.readouterr().out) == (6, 0)
+    assert sum(count for _, count in batches) == 6
+    assert max(count for _, count in batches) <= 2
+    assert len(batches) < 6
+    assert len({network for network, _ in batches}) <= devices
+    raft = RAFT("small", str(weights), 1)
+    cache = FlowCache(out, raft.fingerprint)
+    for path in (films / "a.mp4", films / "b.mp4"):
+        for pair in FixedPairs(gap=(0.2, 0.4), fixed=3).pairs(probe(path).duration):
+            with VideoReader(path) as reader:
+                frames, _ = reader.read(pair)
+            stored = cache.get(video_of(str(path)), *pair)
+            # one rounding apart at most, as batches add up in another order
+            assert np.abs(stored - cache.rounded(raft.pixels(*frames))).max() <= 1 / 4
+
+
+class Slow:
+    """Gives back the frames' first value; its first batch waits until all networks have one."""
+
+    def __init__(self, barrier):
+        self.barrier, self.sizes = barrier, []
+
+    def pixels_of(self, pairs):
+        if not self.sizes:
+            self.barrier.wait(10)
+        self.sizes.append([pair.shape[1:3] for pair in pairs])
+        return np.stack([np.full((2, 2, *pair.shape[1:3]), pair.flat[0], np.float32) for pair in pairs])
+
+
+def test_all_devices_work_at_once_and_a_batch_has_one_size():
+    barrier = threading.Barrier(2)
+    rafts = [Slow(barrier), Slow(barrier)]
+    pool = OnDevices(rafts, batch=3)
+    shapes = [(8, 8)] * 6 + [(8, 16)] * 6
+    futures = [pool.submit(np.full((2, *shape, 3), number, np.uint8)) for number, shape in enumerate(shapes)]
+    flows = [future.result(10) for future in futures]
+    pool.close()
+    assert [flow.shape[2:] for flow in flows] == shapes
+    assert [flow.flat[0] for flow in flows] == list(range(12))
+    batches = [batch for raft in rafts for batch in raft.sizes]
+    assert all(len(set(batch)) == 1 and len(batch) <= 3 for batch in batches)
+    assert all(raft.sizes for raft in rafts)
+    with pytest.raises(RuntimeError):
+        pool.submit(np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def test_the_batch_fits_the_frames():
+    pool = OnDevices([])
+    assert [pool.pairs_at_once(size) for size in ((512, 1024), (256, 512), (1080, 1920))] == [8, 32, 1]
+    assert OnDevices([], batch=5).pairs_at_once((1080, 1920)) == 5
+    # each thread has so much handed over that every device has a batch in work and one waiting
+    for devices, threads in ((1, 1), (8, 16), (2, 64)):
+        pool = OnDevices([Slow(None)] * devices, threads=threads)
+        assert pool.ahead * threads >= 2 * 8 * devices
+        pool.close()
+
+
+def test_a_full_device_names_the_remedy(films, tmp_path, monkeypatch, weights):
+    def full(self, pairs):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(RAFT, "pixels_of", full)
+    with pytest.raises(UserError, match=r"too large for the device: (give --batch|take smaller)"):
+        run(films, tmp_path / "out", *raft_words(weights))
+
+
+def test_devices_have_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    by_rank, alone = Share(7, 8, "RANK and WORLD_SIZE"), Share()
+    assert command._devices("cuda", 3, alone) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert command._devices("cpu", 2, alone) == ["cpu", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert command._devices("cuda", 1, alone) == ["cuda"]
+    assert command._devices("cuda", 1, by_rank) == ["cuda:2"]
+    assert command._devices("cuda:1", 1, by_rank) == ["cuda:1"]
+    with pytest.raises(UserError, match="give its kind"):
+        command._devices("cuda:1", 2, alone)
+
+
+def test_devices_that_make_no_sense_are_refused(films, tmp_path):
+    with pytest.raises(UserError, match="--devices is for RAFT"):
+        run(films, tmp_path, "--devices", 2)
+    for words in (["--devices", 0], ["--batch", -1]):
+        with pytest.raises(UserError, match="must be positive"):
+            run(films, tmp_path, *words)
+
+
+# ---- several processes
+def test_shares_compute_each_video_once_and_together_all(films, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(films, whole)
+    capsys.readouterr()
+    for number in (1, 2, 3):
+        assert run(films, parts, "--shard", f"{number}/3") == 0
+        said = capsys.readouterr()
+        assert numbers(said.out) == ((3, 0) if number < 3 else (0, 0))  # two videos, the third has nothing
+        assert f"share {number} of 3" in said.out
+        assert f"share {number} of 3 (by --shard): {1 if number < 3 else 0} of 2 videos" in said.err
+    contents = [
+        {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*.flow")}
+        for folder in (whole, parts)
+    ]
+    assert contents[0] == contents[1]
+
+
+def test_a_launcher_tells_the_share_and_the_flag_overrules_it(films, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    run(films, tmp_path / "out")
+    assert "share 2 of 2 (by SLURM_PROCID and SLURM_NTASKS)" in capsys.readouterr().err
+    run(films, tmp_path / "out", "--shard", "1/1")
+    said = capsys.readouterr()
+    assert numbers(said.out) == (3, 3)
+    assert "share" not in said.err + said.out
+    with pytest.raises(UserError, match="i/n"):
+        run(films, tmp_path / "out", "--shard", "3/2")
+
+
+def test_all_stretches_of_a_video_are_in_one_share():
+    entries = [Entry(n % 3, f"{n % 3}.mp4", float(n), n + 1.0, 8, 8) for n in range(12)]
+    chosen = [command._share(Share(number, 2, "--shard"), entries, 5) for number in (1, 2)]
+    assert sorted(path for videos in chosen for path in videos) == ["0.mp4", "1.mp4", "2.mp4"]
+    for videos in chosen:
+        for path, stretches in videos.items():
+            assert stretches == [entry for entry in entries if entry.path == path]
+
+
+def test_jpeg_is_a_form_of_the_same_cache(films, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(films, out, "--form", "jpeg", "--quality", 80)
+    run(films, out)  # it is there, in whatever form
+    assert numbers(capsys.readouterr().out.splitlines()[-1]) == (0, 6)
+    path = str(films / "a.mp4")
+    pair = FixedPairs(gap=(0.2, 0.4), fixed=3).pairs(probe(path).duration)[0]
+    with VideoReader(path) as reader:
+        frames, _ = reader.read(pair)
+    jpeg = FlowCache(out, DIS("fast").fingerprint, form="jpeg", quality=80)
+    expected = jpeg.rounded(DIS("fast").pixels(*frames))
+    np.testing.assert_array_equal(FlowCache(out).get(video_of(path), *pair), expected)
+    with pytest.raises(UserError, match="quality"):
+        run(films, out, "--form", "jpeg", "--quality", 0)
+
+
+# ---- what cannot be used
 def test_damaged_and_short_videos_are_counted_and_the_rest_is_done(films, tmp_path, capsys):
     root = tmp_path / "mixed"
     root.mkdir()

@@ -61,6 +61,19 @@ def test_estimates_once_then_loads_the_same_bits(tmp_path, film):
     assert flow.estimator.calls == 2
 
 
+@pytest.mark.parametrize("form", ["delta", "jpeg"])
+def test_a_clip_is_the_same_whether_its_flow_was_there_or_not(tmp_path, film, form):
+    folder, box = str(tmp_path / "cache"), (3, 2, 20, 15)
+    first = CachedFlow(folder, Counted(), form=form, quality=60)
+    computed = first.estimate_or_load(film, (1.0, 1.5), Frames(), box=box)
+    for later in (first, CachedFlow(folder)):
+        np.testing.assert_array_equal(later.estimate_or_load(film, (1.0, 1.5), Frames(), box=box), computed)
+    assert first.estimator.calls == 1
+    assert (first.cache.form, first.cache.quality) == (form, 60)
+    again = build(spec(CachedFlow(folder, DIS(), form=form, quality=60)))
+    assert (again.cache.form, again.cache.quality) == (form, 60)
+
+
 def test_another_film_in_the_same_place_is_computed_anew(tmp_path, film):
     flow = CachedFlow(str(tmp_path / "cache"), Counted())
     flow.estimate_or_load(film, (1.0, 1.5), Frames(20))

@@ -14,6 +14,7 @@ import pytest
 
 from poodle_lightning.data import flow_cache
 from poodle_lightning.data.flow_cache import FlowCache
+from poodle_lightning.types import UserError
 
 VIDEO, EST = "0123abcd", "DIS medium"
 
@@ -52,23 +53,34 @@ def test_half_resolution_keeps_affine_flow_inside(tmp_path, size):
     assert np.abs(back - flow).max() <= 0.5  # at the border the last value is repeated
 
 
+def read_between(small):
+    """Bilinear at 2 times the size, one pixel at a time; value i stands at 2i + 1/2."""
+    height, width = small.shape[-2:]
+    fine = np.zeros((*small.shape[:-2], 2 * height, 2 * width))
+    for y in range(2 * height):
+        for x in range(2 * width):
+            v, u = np.clip((y - 0.5) / 2, 0, height - 1), np.clip((x - 0.5) / 2, 0, width - 1)
+            j, i = min(int(v), height - 2), min(int(u), width - 2)
+            b, a = v - j, u - i
+            fine[..., y, x] = (1 - b) * ((1 - a) * small[..., j, i] + a * small[..., j, i + 1]) + b * (
+                (1 - a) * small[..., j + 1, i] + a * small[..., j + 1, i + 1]
+            )
+    return fine
+
+
+def means(flow):
+    """Of every 2x2 pixels."""
+    height, width = flow.shape[-2] // 2, flow.shape[-1] // 2
+    return flow.reshape(*flow.shape[:-2], height, 2, width, 2).mean(axis=(-3, -1))
+
+
 def test_half_resolution_equals_a_float64_loop(tmp_path):
     cache, flow = FlowCache(tmp_path, EST), rough(6, 10)
     cache.put(VIDEO, 0.0, 0.5, flow)
-    small = np.zeros((2, 2, 3, 5))
-    for y in range(3):
-        for x in range(5):
-            mean = flow[..., 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].astype(float).mean(axis=(2, 3))
-            small[..., y, x] = np.rint(mean * 8) / 8
-    expected = np.zeros((2, 2, 6, 10))
-    for y in range(6):
-        for x in range(10):
-            v, u = np.clip((y - 0.5) / 2, 0, 2), np.clip((x - 0.5) / 2, 0, 4)
-            j, i = min(int(v), 1), min(int(u), 3)
-            b, a = v - j, u - i
-            expected[..., y, x] = (1 - b) * ((1 - a) * small[..., j, i] + a * small[..., j, i + 1]) + b * (
-                (1 - a) * small[..., j + 1, i] + a * small[..., j + 1, i + 1]
-            )
+    small = means(flow.astype(float))
+    for _ in range(2):
+        small = small + means(flow - read_between(small))
+    expected = read_between(np.rint(small * 8) / 8)
     np.testing.assert_allclose(cache.get(VIDEO, 0.0, 0.5), expected, atol=1e-4)
 
 
@@ -138,6 +150,70 @@ def test_putting_again_replaces_and_keeps_the_others(tmp_path):
         cache.put(VIDEO, start, start + 0.5, rough(8, 9, seed))
     assert np.abs(cache.get(VIDEO, 0.0, 0.5) - rough(8, 9, 2)).max() < 0.07
     assert np.abs(cache.get(VIDEO, 1.0, 1.5) - rough(8, 9, 1)).max() < 0.07
+
+
+# ---- two forms
+def smooth(height, width, seed=0):
+    ys, xs = np.mgrid[:height, :width].astype(float)
+    c = np.random.default_rng(seed).uniform(2, 9, (4, 2))
+    return np.stack([20 * np.sin(xs / a) * np.cos(ys / b) for a, b in c]).reshape(2, 2, height, width)
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("form", ["delta", "jpeg"])
+def test_both_forms_are_read_by_the_same_call_as_they_were_promised(tmp_path, form, full):
+    writer, flow = FlowCache(tmp_path, EST, full, form, 80), smooth(33, 47).astype(np.float32)
+    assert writer.put(VIDEO, 0.0, 0.5, flow)
+    box = (3, 4, 20, 17)
+    for reader in (writer, FlowCache(tmp_path, EST, full), FlowCache(tmp_path, None, full, "jpeg")):
+        back = reader.get(VIDEO, 0.0, 0.5, size=(33, 47))
+        np.testing.assert_array_equal(back, writer.rounded(flow))
+        part = reader.get(VIDEO, 0.0, 0.5, box=box)
+        np.testing.assert_array_equal(part, back[..., 4:17, 3:20])
+        np.testing.assert_array_equal(part, writer.rounded(flow, box))
+        assert reader.lacking(VIDEO, [(0.0, 0.5)]) == []
+    assert 1e-3 < np.abs(back - flow).mean() < 3
+
+
+def test_forms_and_qualities_share_a_file_and_quality_is_bought_by_bytes(tmp_path):
+    flow, sizes, errors = smooth(64, 96).astype(np.float32), [], []
+    for second, (form, quality) in enumerate([("jpeg", 30), ("jpeg", 95), ("delta", 95)]):
+        cache = FlowCache(tmp_path, EST, True, form, quality)
+        sizes.append(cache.put_all(VIDEO, [(float(second), second + 0.5, flow)])[1])
+        errors.append(np.abs(cache.get(VIDEO, float(second), second + 0.5) - flow).mean())
+    assert sizes == sorted(sizes)
+    assert errors == sorted(errors, reverse=True)
+    assert len(list(tmp_path.rglob("*.flow"))) == 1
+    assert [FlowCache(tmp_path).get(VIDEO, float(k), k + 0.5) is None for k in range(3)] == [False] * 3
+
+
+def test_only_other_forms_are_named_in_the_header(tmp_path):
+    """Files of before had no forms: theirs is delta, and delta is written as it was then."""
+    cache = FlowCache(tmp_path, EST)
+    cache.put(VIDEO, 0.0, 0.5, affine(16, 20))
+    assert b"form" not in cache.path(VIDEO).read_bytes()
+    before = cache.get(VIDEO, 0.0, 0.5)
+    jpeg = FlowCache(tmp_path, EST, form="jpeg")
+    jpeg.put(VIDEO, 1.0, 1.5, affine(16, 20))
+    assert jpeg.path(VIDEO).read_bytes().count(b'"form":"jpeg"') == 1
+    np.testing.assert_array_equal(cache.get(VIDEO, 0.0, 0.5), before)
+
+
+def test_flow_that_cannot_be_stored_is_promised_as_it_is(tmp_path):
+    flow = affine(8, 8)
+    flow[0, 0, 0, 0] = np.nan
+    cache = FlowCache(tmp_path, EST, form="jpeg")
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        assert not cache.put(VIDEO, 0.0, 0.5, flow)
+    np.testing.assert_array_equal(cache.rounded(flow), flow)
+
+
+def test_unknown_forms_and_qualities_are_refused(tmp_path):
+    with pytest.raises(UserError, match="'png': choose one of delta, jpeg"):
+        FlowCache(tmp_path, EST, form="png")
+    for quality in (0, 101):
+        with pytest.raises(UserError, match="1 to 100"):
+            FlowCache(tmp_path, EST, form="jpeg", quality=quality)
 
 
 # ---- stale
@@ -259,6 +335,10 @@ def test_a_header_that_lies_is_missing_not_an_error(tmp_path):
         forged([entry(right, place=1 << 40)], right),
         forged([entry(right, length=1 << 50)], right),
         forged([entry(right, surplus=1)], right),
+        forged([entry(right, form="jpeg")], right),
+        forged([entry(right, form="png")], right),
+        forged([entry(right, form=1)], right),
+        forged([entry(right, form=["delta"])], right),
         forged([{"a": 1}]),
         forged({"a": 1}),
         forged(None),

@@ -1,10 +1,15 @@
 """Flow that the data gives, and filling up what it lacks."""
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from poodle_lightning.configured import build, spec
 from poodle_lightning.flow.given import Given, ZeroFlow, complete
+from poodle_lightning.ops import geometry
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.types import Clip, FlowEstimator, UserError
 
@@ -109,3 +114,42 @@ def test_more_or_fewer_than_two_frames_are_refused():
 def test_is_an_estimator_and_plain_data(kind):
     assert isinstance(kind(), FlowEstimator)
     assert isinstance(build(spec(kind())), kind)
+
+
+class Ops(TorchDispatchMode):
+    """Names of the operations that ran on a tensor of the device."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.names = device, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(isinstance(x, torch.Tensor) and x.device.type == self.device for x in args):
+            self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("missing", [[], [(0, 0), (2, 1)], [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]])
+def test_nothing_is_read_from_the_device(monkeypatch, missing):
+    """On ``meta``, where a read is an error: which rows are there is known on the host."""
+    monkeypatch.setattr(geometry, "island", lambda device_type: contextlib.nullcontext())
+    present = torch.ones(PAIRS, 2, dtype=torch.bool)
+    for pair, way in missing:
+        present[pair, way] = False
+    clip = replace(clip_with(some_flow()), present=present).to("meta")
+    assert clip.present.device.type == "cpu"
+    assert clip.flow.device.type == "meta"
+    asked = []
+
+    def estimate(clean):
+        asked.append(len(clean))
+        return Flow(torch.zeros(2 * len(clean), 2, *SIZE, device=clean.device))
+
+    clean = numbered().to("meta")
+    with Ops("meta") as ops:
+        flow = complete(clip, clean, estimate)
+    assert flow.displacement.shape == (2 * PAIRS, 2, *SIZE)
+    assert asked == ([len({pair for pair, _ in missing})] if missing else [])
+    reads = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "is_nonzero", "aten.equal")
+    assert not [name for name in ops.names if any(read in name for read in reads)]
+    assert ops.names

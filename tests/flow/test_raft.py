@@ -1,16 +1,23 @@
 """RAFT around torchvision's network: same flow as torchvision's own forward, frozen, float32, hidden."""
 
+import contextlib
 import copy
 import urllib.error
+import weakref
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.optical_flow import raft_large, raft_small
 
 from poodle_lightning.configured import build, spec
+from poodle_lightning.flow import raft as raft_file
 from poodle_lightning.flow.raft import RAFT
+from poodle_lightning.ops import geometry
 from poodle_lightning.ops.geometry import Affine, Flow
 from poodle_lightning.types import Clip, FlowEstimator, UserError
 
@@ -157,10 +164,121 @@ def test_half_precision_of_the_owner_does_not_reach_it(weights):
     assert next(owner.to("meta").flow.net.module.parameters()).device.type == "meta"
 
 
-def test_holds_no_correlation_volume_after_the_call(weights):
+def test_holds_no_correlation_volume_after_the_call(weights, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        raft_file, "_Correlation", lambda *args: made.append(weakref.ref(x := Kept(*args))) or x
+    )
     raft = small(weights)
     raft.estimate(frames(1))
-    assert raft.net.module.corr_block.corr_pyramid == []
+    assert [volume() for volume in made] == [None]
+    assert [volume.numel() for volume in raft.net.module.corr_block.corr_pyramid] == [1]
+
+
+class Kept(raft_file._Correlation):
+    """One that can be watched."""
+
+
+# ---- what it costs
+class Ops(TorchDispatchMode):
+    """Counts operations by name, and those whose result is not on the device of the network."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.count, self.elsewhere = device, Counter(), Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.count[str(func)] += 1
+        if isinstance(out, torch.Tensor) and out.device.type != self.device:
+            self.elsewhere[str(func)] += 1
+        return out
+
+
+READS = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal.default", "is_nonzero")
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_nothing_is_read_from_the_device_and_nothing_is_copied_to_it(monkeypatch, size):
+    """On ``meta`` a read is an error, and whatever is made on the host shows by its device."""
+    for place in (raft_file, geometry):  # autocast does not know this device
+        monkeypatch.setattr(place, "island", lambda device_type: contextlib.nullcontext())
+    raft, counts = RAFT(size, weights=None).to("meta"), {}
+    clean = frames(3).to("meta")
+    for raft.iterations in (1, 2):
+        with Ops("meta") as ops:
+            flow = raft.estimate(clean)
+        assert flow.displacement.shape == (6, 2, *SIZE)
+        assert not {name: n for name, n in ops.count.items() if any(read in name for read in READS)}
+        assert not ops.elsewhere
+        counts[raft.iterations] = ops.count
+    iteration = counts[2] - counts[1]
+    assert iteration["aten.grid_sampler_2d.default"] == 4
+    made = ("copy", "arange", "linspace", "full", "empty", "zeros", "ones", "lift_fresh", "scalar_tensor")
+    assert not [name for name in iteration if any(word in name for word in made)]
+
+
+def multiply_adds(act):
+    """Half of the operations that PyTorch's own counter finds."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        act()
+    return counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize(("size", "iterations"), [("small", 3), ("large", 3)])
+def test_saves_two_feature_encodings_one_product_and_all_masks_but_the_last(size, iterations):
+    """Per pair, against torchvision's forward in both directions."""
+    raft, clean = RAFT(size, None, iterations), frames(1)
+    net, (height, width) = raft.net.module, (side // 8 for side in SIZE)
+    first, second = clean[:, 0], clean[:, 1]
+    ours = multiply_adds(lambda: raft.estimate(clean))
+    theirs = multiply_adds(lambda: [net(*pair, iterations) for pair in ((first, second), (second, first))])
+    encoding = multiply_adds(lambda: net.feature_encoder(first))
+    channels = net.feature_encoder(first).shape[1]
+    hidden = torch.zeros(1, net.update_block.hidden_state_size, height, width)
+    mask = 0 if net.mask_predictor is None else multiply_adds(lambda: net.mask_predictor(hidden))
+    assert theirs - ours == 2 * encoding + channels * (height * width) ** 2 + 2 * (iterations - 1) * mask
+    assert min(encoding, channels) > 0
+
+
+def test_look_up_equals_torchvisions_also_outside_of_the_image(weights):
+    """Far out, on the border, between pixels: zeros beyond the image, as the weights know it."""
+    block = stock(weights).corr_block
+    draw = torch.Generator().manual_seed(2)
+    features = torch.randn(2, 8, 16, 19, generator=draw)  # odd: the coarser levels leave a column out
+    centres = torch.rand(2, 2, 16, 19, generator=draw) * 60 - 20
+    centres[:, :, :4] = centres[:, :, :4].round()
+    block.build_pyramid(features, features.roll(1, dims=0))
+    expected = block.index_pyramid(centres)
+    found = raft_file._Correlation(features, block)(centres)
+    assert (expected == 0).float().mean() > 0.1
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_lower_precision_is_near_and_says_so(weights):
+    clean = frames(1)
+    exact, lower = small(weights), small(weights, precision="bfloat16")
+    expected, flow = exact.estimate(clean).to_pixels(), lower.estimate(clean).to_pixels()
+    assert flow.dtype == torch.float32
+    off = (flow - expected).norm() / expected.norm()
+    assert 1e-4 < off < 0.05  # 8 bits of mantissa, not the same numbers
+    assert lower.fingerprint.endswith("bfloat16")
+    assert "float" not in exact.fingerprint
+    owner = Owner(lower).to(torch.float32)
+    assert torch.equal(owner.flow.estimate(clean).to_pixels(), flow)
+    with pytest.raises(UserError, match="no precision 'half'"):
+        small(weights, precision="half")
+
+
+def test_many_pairs_of_pixels_are_one_batch(weights, monkeypatch):
+    raft, passes = small(weights, pairs_at_once=1), []
+    both_ways = raft._both_ways
+    monkeypatch.setattr(raft, "_both_ways", lambda clean: passes.append(len(clean)) or both_ways(clean))
+    pairs = list((frames(3) * 255).round().byte().permute(0, 1, 3, 4, 2).numpy())
+    flow = raft.pixels_of(pairs)
+    assert passes == [3]
+    for found, pair in zip(flow, pairs, strict=True):
+        np.testing.assert_allclose(found, raft.pixels(*pair), atol=1e-5)
 
 
 def test_takes_the_clips_own_flow_and_estimates_the_rest(weights):
