@@ -70,7 +70,7 @@ class AffineFlip(Configured):
         size = (images.shape[-2], images.shape[-1])
         to_clean = self.draw(keys, size).to(images.device)
         image, seen = pull(images, to_clean, size)
-        return View(image if self.outside == "border" else image * seen[:, None], to_clean)
+        return View(image if self.outside == "border" else image.mul_(seen[:, None]), to_clean)
 
 
 def draw_views(view: AffineFlip | None, u: Tensor, v: Tensor, keys: Tensor) -> tuple[View, View]:

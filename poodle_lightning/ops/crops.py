@@ -84,33 +84,34 @@ def flow_guided_subcrops(flow: Flow, keys: Tensor, recipe: SubcropRecipe) -> Sub
     Returns:
         B·K pairs on the flow's device.
     """
-    height, width = flow.size
-    device = flow.displacement.device
-    area, boxes = _draw_sizes(fold(keys, "online size"), recipe, (height, width))
-    _, partners = _draw_sizes(fold(keys, "target size"), recipe, (height, width), at_least=area)
-    centres = _draw_centres(keys, recipe, (height, width))  # (B, K, tries + 1, 2) pixels
+    size, count, tries = flow.size, recipe.count, recipe.tries
+    area, boxes = _draw_sizes(fold(keys, "online size"), recipe, size)
+    _, partners = _draw_sizes(fold(keys, "target size"), recipe, size, at_least=area)
+    centres = _draw_centres(keys, recipe, size)  # (B, K, tries + 1, 2) pixels
     centres = torch.maximum(centres, boxes[:, :, None] / 2 - 0.5)
-    jitter = uniform(fold(keys, "jitter"), recipe.count * recipe.tries * 2, -recipe.jitter, recipe.jitter)
-    jitter = jitter.reshape(len(keys), recipe.count, recipe.tries, 2) * 2.0  # the extent is 2 wide
+    jitter = uniform(fold(keys, "jitter"), count * tries * 2, -recipe.jitter, recipe.jitter)
+    jitter = jitter.reshape(len(keys), count, tries, 2) * 2.0  # the extent is 2 wide
+    halves = torch.stack([boxes, partners], dim=2) / torch.tensor([size[1], size[0]])
 
-    points = _to(pixels_to_extent(centres, (height, width)), device)
-    tried = points[:, :, :-1].flatten(1, 2)  # (B, K·tries, 2)
-    moved = tried + flow.at(tried[:, None].to(flow.displacement.dtype))[:, 0].to(tried)
-    moved = moved.unflatten(1, (recipe.count, recipe.tries)) + _to(jitter, device)
+    # all that was drawn goes over in one copy: tries + 1 points, tries shifts, 2 half sides
+    drawn = torch.cat([pixels_to_extent(centres, size), jitter, halves], dim=2)
+    drawn = drawn.to(flow.displacement.device, non_blocking=True)
+    points, jitter, halves = drawn.split([tries + 1, tries, 2], dim=2)
+    tried, last = points.split([tries, 1], dim=2)
+    flat = tried.flatten(1, 2)  # (B, K·tries, 2)
+    moved = flat + flow.at(flat[:, None].to(flow.displacement.dtype))[:, 0].to(flat)
+    moved = moved.unflatten(1, (count, tries)) + jitter
     valid = inside(moved)  # (B, K, tries)
     first = valid.to(torch.uint8).argmax(dim=2, keepdim=True)[..., None]  # 0 where none is valid
     same = ~valid.any(dim=2)
 
-    pick = first.expand(-1, -1, -1, 2)
-    centre = torch.where(same[..., None], points[:, :, -1], points[:, :, :-1].gather(2, pick)[:, :, 0])
-    partner = torch.where(same[..., None], points[:, :, -1], moved.gather(2, pick)[:, :, 0])
-    half = _to(boxes, device) / torch.tensor([width, height], dtype=torch.float32).to(
-        device, non_blocking=True
-    )
-    half_partner = _to(partners / torch.tensor([width, height]), device)
-    online = torch.cat([centre - half, centre + half], dim=-1)
-    target = torch.cat([partner - half_partner, partner + half_partner], dim=-1).clamp(-1.0, 1.0)
-    return SubcropPairs(Affine.box(online.flatten(0, 1)), Affine.box(target.flatten(0, 1)), same.flatten())
+    # (B, K, tries, 2 frames, 2): the centre and its partner; then those of the first valid try
+    ends = torch.stack([tried, moved], dim=3)
+    ends = ends.gather(2, first[..., None].expand(-1, -1, -1, 2, 2))[:, :, 0]
+    ends = torch.where(same[..., None, None], last, ends)
+    low, high = ends - halves, ends + halves
+    online, target = torch.cat([low, high], dim=-1).flatten(0, 1).unbind(1)
+    return SubcropPairs(Affine.box(online), Affine.box(target.clamp(-1.0, 1.0)), same.flatten())
 
 
 def grid_cell(recipe: SubcropRecipe, size: Size) -> int:
@@ -147,10 +148,6 @@ def _draw_centres(keys: Tensor, recipe: SubcropRecipe, size: Size) -> Tensor:
     corner = torch.stack([chosen % columns, chosen // columns], dim=-1)[:, :, None] * float(cell)
     side = torch.minimum(torch.full_like(corner, float(cell)), torch.tensor([width, height]) - corner)
     return corner + unit * side - 0.5
-
-
-def _to(x: Tensor, device: torch.device) -> Tensor:
-    return x.to(device, non_blocking=True)
 
 
 def box_pixels(boxes: Affine, size: Size) -> Tensor:

@@ -6,7 +6,8 @@ pseudorandom number generators"). A sample's key is ``fold(seed, epoch, index)``
 cannot depend on the number of workers, on prefetching, on how a batch is split or on a restart.
 
 Keys live on the host: the draws are a handful of numbers per image, and a value that decides control flow
-(which colour operation comes first) is then known without reading anything back from a GPU.
+(which colour operation comes first) is then known without reading anything back from a GPU. They are worked
+on in numpy: a draw is one operation to torch, whatever it takes to mix its bits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 Label = int | str
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -30,7 +32,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _as_uint64(key: Tensor) -> np.ndarray:
-    return np.atleast_1d(key.detach().cpu().numpy()).astype(np.int64).view(np.uint64)
+    return np.atleast_1d(key.cpu().numpy()).astype(np.int64, copy=False).view(np.uint64)
 
 
 def _label(label: Label) -> np.uint64:
@@ -52,7 +54,7 @@ def fold(key: Tensor, *labels: Label) -> Tensor:
     with np.errstate(over="ignore"):
         for label in labels:
             state = _mix((state ^ _mix(np.atleast_1d(_label(label) + _GOLDEN))) + _GOLDEN)
-    return torch.from_numpy(state.view(np.int64).copy()).reshape(key.shape)
+    return torch.from_numpy(state.view(np.int64).reshape(tuple(key.shape)).copy())
 
 
 def key_of(seed: int, *labels: Label) -> Tensor:
@@ -70,19 +72,20 @@ def uniform(
         count: numbers per key.
         low: lower end.
         high: upper end.
-        dtype: of the result; 53 bits are drawn, so float64 is fully random too.
+        dtype: of the result, float32 or float64; 53 bits are drawn, so float64 is fully random too.
 
     Returns:
         ``(B, count)`` on the host.
     """
-    state = _as_uint64(key.reshape(-1))
+    state = _as_uint64(key).reshape(-1)
     counter = np.arange(1, count + 1, dtype=np.uint64)
     with np.errstate(over="ignore"):
         bits = _mix(state[:, None] + counter * _GOLDEN)
     unit = (bits >> np.uint64(11)).astype(np.float64) / float(1 << 53)
-    drawn = torch.from_numpy(low + (high - low) * unit).to(dtype)
-    # rounding to float32 may reach the open end; keep the interval half-open
-    return drawn.clamp(max=float(np.nextafter(np.float32(high), np.float32(low)))) if high > low else drawn
+    drawn = (low + (high - low) * unit).astype(_NUMPY[dtype], copy=False)
+    if high > low:  # rounding to float32 may reach the open end; keep the interval half-open
+        np.minimum(drawn, drawn.dtype.type(np.nextafter(np.float32(high), np.float32(low))), out=drawn)
+    return torch.from_numpy(drawn)
 
 
 def randint(key: Tensor, high: int, count: int = 1) -> Tensor:

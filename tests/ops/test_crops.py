@@ -15,7 +15,9 @@ def keys(count: int) -> torch.Tensor:
 
 
 def constant_flow(count: int, dx: float, dy: float, size=SIZE) -> Flow:
-    return Flow.from_pixels(torch.tensor([dx, dy]).reshape(1, 2, 1, 1).expand(count, 2, *size).clone())
+    """The same motion in px everywhere, one value in memory."""
+    motion = torch.tensor([dx * 2 / size[1], dy * 2 / size[0]])
+    return Flow(motion.reshape(1, 2, 1, 1).expand(count, 2, *size))
 
 
 def test_grid_is_three_by_five_at_the_papers_size():
