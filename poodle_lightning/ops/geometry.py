@@ -45,7 +45,12 @@ def pixel_grid(size: Size, device: torch.device | None = None, dtype: torch.dtyp
     ys = (torch.arange(height, device=device, dtype=dtype) * 2 + 1) / height - 1
     xs = (torch.arange(width, device=device, dtype=dtype) * 2 + 1) / width - 1
     y, x = torch.meshgrid(ys, xs, indexing="ij")
-    return torch.stack([x, y], dim=-1)
+    return _planar(x, y)
+
+
+def _planar(x: Tensor, y: Tensor) -> Tensor:
+    """Points ``(…, 2)`` whose x and whose y are each contiguous: arithmetic on one of them then runs along it."""
+    return torch.stack([x, y]).movedim(0, -1)
 
 
 def pixels_to_extent(points: Tensor, size: Size) -> Tensor:
@@ -62,7 +67,8 @@ def extent_to_pixels(points: Tensor, size: Size) -> Tensor:
 
 def inside(points: Tensor) -> Tensor:
     """Which points ``(..., 2)`` lie within the extent; bool ``(...)``."""
-    return (points.abs() <= _BORDER).all(dim=-1)
+    x, y = points.unbind(-1)
+    return (x.abs() <= _BORDER) & (y.abs() <= _BORDER)
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,11 @@ class Affine:
             matrix = self.matrix.to(points)
             shape = (matrix.shape[0], *(1,) * (points.ndim - 2))
             x, y = points.unbind(-1)
-            m = [[matrix[:, i, j].reshape(shape) for j in range(3)] for i in range(2)]
-            return torch.stack(
-                [m[0][0] * x + m[0][1] * y + m[0][2], m[1][0] * x + m[1][1] * y + m[1][2]], dim=-1
-            )
+            rows = []
+            for i in range(2):
+                a, b, c = (matrix[:, i, j].reshape(shape) for j in range(3))
+                rows.append((a * x).addcmul_(b, y).add_(c))
+            return _planar(*rows)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Affine:
         """Moved to a device or dtype."""
@@ -306,11 +313,36 @@ def pull(
         values ``(B, C, H, W)`` (border values outside) and ``seen (B, H, W)`` bool.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    with island(x.device.type):
+    points, seen = trace_grid(where, size, len(x), rows, device=x.device, dtype=dtype)
+    return sample(x, points), seen
+
+
+def trace_grid(
+    where: Affine | Flow | Chain,
+    size: Size,
+    batch: int,
+    rows: slice | None = None,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Where a map takes the pixels of a frame: what :func:`pull` reads at.
+
+    Args:
+        where: from the written frame to the frame that is read.
+        size: height and width of the frame written.
+        batch: how many images.
+        rows: only these rows of the frame.
+        device: of the points.
+        dtype: of the points, float32 or float64.
+
+    Returns:
+        points ``(B, H, W, 2)`` and ``seen (B, H, W)`` bool.
+    """
+    with island(device.type):
         rows = slice(0, size[0]) if rows is None else rows
-        grid = pixel_grid(size, x.device, dtype)[rows]
-        points, seen = where.trace(grid.expand(len(x), *grid.shape), _own_rows(where, size, rows))
-        return sample(x, points), seen
+        grid = pixel_grid(size, device, dtype)[rows]
+        return where.trace(grid.expand(batch, *grid.shape), _own_rows(where, size, rows))
 
 
 def pull_boxes(x: Tensor, boxes: Affine, size: Size) -> tuple[Tensor, Tensor]:

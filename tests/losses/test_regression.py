@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from poodle_lightning.losses import regression
 from poodle_lightning.losses.regression import cosine_distance, masked_mean, warped_distance
@@ -57,18 +58,23 @@ def case():
     return p, to_p, z, to_z, flow, torch.rand(2, 8, 12) < 0.8
 
 
-def test_dense_loss_equals_the_formula_in_loops(case):
+FORMS = ["cells", "all_pairs", "direct"]
+
+
+@pytest.mark.parametrize("form", ["auto", *FORMS])
+def test_dense_loss_equals_the_formula_in_loops(case, form):
     p, to_p, z, to_z, flow, visible = case
-    ours = warped_distance(p, to_p, z, to_z @ Flow.from_pixels(flow), (8, 12), visible)
+    ours = warped_distance(p, to_p, z, to_z @ Flow.from_pixels(flow), (8, 12), visible, form)
     assert abs(float(ours) - dense_loss_by_loops(p, to_p, z, to_z, flow, visible)) < 1e-12
 
 
-def test_dense_loss_in_float32_and_bfloat16_inputs(case):
+@pytest.mark.parametrize("form", FORMS)
+def test_dense_loss_in_float32_and_bfloat16_inputs(case, form):
     p, to_p, z, to_z, flow, visible = case
     narrow = lambda x: x.to(torch.bfloat16)  # noqa: E731
     where = Affine(to_z.matrix.float()) @ Flow.from_pixels(flow.float())
     single = Affine(to_p.matrix.float())
-    ours = warped_distance(narrow(p), single, narrow(z), where, (8, 12), visible)
+    ours = warped_distance(narrow(p), single, narrow(z), where, (8, 12), visible, form)
     exact = dense_loss_by_loops(narrow(p).double(), to_p, narrow(z).double(), to_z, flow, visible)
     assert ours.dtype == torch.float32
     assert abs(float(ours) - exact) < 1e-5
@@ -81,39 +87,73 @@ def test_chunks_of_rows_change_neither_loss_nor_gradient(case, monkeypatch):
     for limit in (1 << 24, 2 * 5 * 12 * 3):
         monkeypatch.setattr(regression, "CPU_CHUNK_VALUES", limit)
         leaf = p.clone().requires_grad_()
-        loss = warped_distance(leaf, to_p, z, where, (8, 12), visible)
+        loss = warped_distance(leaf, to_p, z, where, (8, 12), visible, form="direct")
         loss.backward()
         results.append((loss.detach(), leaf.grad))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-13)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-13)
 
 
-def test_gradient_is_that_of_finite_differences(case):
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_to_both_maps_are_those_of_finite_differences(case, form):
     p, to_p, z, to_z, flow, visible = case
     where = to_z @ Flow.from_pixels(flow)
-    leaf = p.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: warped_distance(x, to_p, z, where, (8, 12), visible), (leaf,))
+    p, z = p[:, :2, :2, :3].clone().requires_grad_(), z[:, :2, :3, :2].clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda p, z: warped_distance(p, to_p, z, where, (8, 12), visible, form), (p, z)
+    )
 
 
-def test_image_without_a_valid_pixel_counts_zero(case):
+@pytest.mark.parametrize("form", FORMS)
+def test_image_without_a_valid_pixel_counts_zero(case, form):
     p, to_p, z, to_z, flow, visible = case
     where = to_z @ Flow.from_pixels(flow)
     none = visible.clone()
     none[1] = False
-    both = warped_distance(p, to_p, z, where, (8, 12), none)
+    p = p.clone().requires_grad_()
+    both = warped_distance(p, to_p, z, where, (8, 12), none, form)
+    both.backward()
+    assert (p.grad[1] == 0).all()
+    assert p.grad[0].abs().max() > 1e-4
+    p = p.detach()
     first = dense_loss_by_loops(p[:1], to_p[:1], z[:1], to_z[:1], flow[:1], visible[:1])
-    assert abs(float(both) - first / 2) < 1e-12
+    assert abs(both.item() - first / 2) < 1e-12
 
 
-def test_splitting_the_batch_and_averaging_is_the_whole(case):
+@pytest.mark.parametrize("form", FORMS)
+def test_splitting_the_batch_and_averaging_is_the_whole(case, form):
     p, to_p, z, to_z, flow, visible = case
     halves = [
         warped_distance(p[i : i + 1], to_p[i : i + 1], z[i : i + 1],
-                        to_z[i : i + 1] @ Flow.from_pixels(flow[i : i + 1]), (8, 12), visible[i : i + 1])
+                        to_z[i : i + 1] @ Flow.from_pixels(flow[i : i + 1]), (8, 12), visible[i : i + 1],
+                        form)
         for i in range(2)
     ]  # fmt: skip
-    whole = warped_distance(p, to_p, z, to_z @ Flow.from_pixels(flow), (8, 12), visible)
+    whole = warped_distance(p, to_p, z, to_z @ Flow.from_pixels(flow), (8, 12), visible, form)
     assert torch.allclose(torch.stack(halves).mean(), whole, atol=1e-14)
+
+
+def test_a_coordinate_map_that_needs_a_gradient_gets_it(case):
+    p, to_p, z, to_z, flow, visible = case
+    flow = flow.clone().requires_grad_()
+    where = to_z @ Flow.from_pixels(flow)
+    warped_distance(p, to_p, z, where, (8, 12), visible).backward()
+    assert flow.grad.abs().max() > 1e-4
+    with pytest.raises(ValueError, match="form='cells' gives a coordinate map no gradient"):
+        warped_distance(p, to_p, z, where, (8, 12), visible, form="cells")
+    with torch.no_grad():
+        warped_distance(p, to_p, z, where, (8, 12), visible, form="cells")
+
+
+def test_the_form_follows_the_device():
+    p = torch.zeros(1, 4, 64, 128)
+    assert regression._best_form(p, p) == "cells"
+    assert regression._best_form(p.to("meta"), p.to("meta")) == "direct"
+    with FakeTensorMode():  # shapes on a device that need not be there
+        p = torch.zeros(1, 4, 64, 128, device="cuda")
+        large = torch.zeros(1, 4, 256, 256, device="cuda")
+    assert regression._best_form(p, p) == "all_pairs"
+    assert regression._best_form(large, large) == "direct"
 
 
 def test_cosine_distance_is_squared_euclid_of_unit_vectors():

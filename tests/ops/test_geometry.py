@@ -4,6 +4,7 @@ import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.ndimage import map_coordinates
 
 from poodle_lightning.ops.geometry import (
@@ -16,6 +17,7 @@ from poodle_lightning.ops.geometry import (
     pixels_to_extent,
     pull,
     pull_boxes,
+    trace_grid,
     warp_into_view,
 )
 
@@ -132,6 +134,21 @@ def test_rows_are_the_rows_of_the_whole():
     part, seen_part = pull(x, where, (16, 24), rows=slice(5, 11))
     assert torch.equal(part, whole[:, :, 5:11])
     assert torch.equal(seen_part, seen[:, 5:11])
+
+
+def test_traced_points_are_those_that_are_pulled():
+    torch.manual_seed(7)
+    x, flow = torch.rand(2, 3, 8, 12), Flow(torch.randn(2, 2, 16, 24) * 0.3)
+    values, seen = pull(x, flow, (16, 24), rows=slice(3, 9))
+    points, inside_frame = trace_grid(flow, (16, 24), 2, slice(3, 9), device=x.device, dtype=torch.float32)
+    rows, columns = torch.meshgrid(torch.arange(3, 9), torch.arange(24), indexing="ij")
+    centres = torch.stack([(columns + 0.5) / 12 - 1, (rows + 0.5) / 8 - 1])
+    expected = (centres + flow.displacement[:, :, 3:9]).permute(0, 2, 3, 1)
+    torch.testing.assert_close(points, expected)
+    assert torch.equal(inside_frame, seen)
+    assert torch.equal(inside_frame, (points.abs() <= 1 + 5e-7).all(-1))
+    read = F.grid_sample(x, points, padding_mode="border", align_corners=False)
+    torch.testing.assert_close(values, read)
 
 
 def test_one_map_serves_every_stride():
