@@ -128,7 +128,7 @@ class Loop:
         """One optimiser step; the watch is told what no function of its own does."""
         stage: Callable[[str], Any] = watch.stage if watch else nullcontext
         self.optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(clip.device.type, torch.bfloat16, enabled=self.bf16):
             loss = torch.stack(list(self.method.losses(clip).values())).sum()
         with stage("backward"):
             loss.backward()

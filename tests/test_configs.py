@@ -14,8 +14,9 @@ from poodle_lightning.methods.poodle import PooDLe
 
 ROOT = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiment").glob("*.yaml"))
-# probes changes the trainer alone; tests/callbacks/test_probes.py runs it
-PATCHES = sorted(path.stem for path in (ROOT / "patch").glob("*.yaml") if path.stem != "probes")
+# these change the trainer alone; tests/callbacks/test_probes.py and test_compiled.py run them
+OF_TRAINERS = ("probes", "compile")
+PATCHES = sorted(path.stem for path in (ROOT / "patch").glob("*.yaml") if path.stem not in OF_TRAINERS)
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
 HEADER = ("command", "hardware", "hours", "expected", "obtained")
 
@@ -58,9 +59,10 @@ def test_patches_change_what_they_say(name):
     method, data = made(f"experiment/{base}", f"patch/{name}")
     from poodle_lightning.configured import spec
 
-    before = str(spec(plain)) + str(vars(plain_data.rule)) + str(vars(plain_data.sampler))
-    after = str(spec(method)) + str(vars(data.rule)) + str(vars(data.sampler))
-    assert before != after
+    def said(method, data):
+        return [str(spec(method)), data.pixels, *(str(vars(part)) for part in (data.rule, data.sampler))]
+
+    assert said(plain, plain_data) != said(method, data)
 
 
 @pytest.mark.parametrize("name", TRAINERS)

@@ -5,6 +5,9 @@ paper's digits is fvcore's, with the network in train mode: one multiply-add cou
 and LayerNorm 5 per element (4 without scale and shift); BatchNorm in eval mode 2 (1); bilinear upsampling 4
 per output element; adaptive pooling 1 per input element; everything else nothing. The classifier of the bare
 ResNet is included.
+
+What a training step costs a machine is another question: :func:`counted` counts the products alone
+(convolutions, matrix products, attention), forward and backward, of whatever runs.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from poodle_lightning.ops.geometry import Size
 from poodle_lightning.types import UserError
 
 _PAPER_SIZE: Size = (512, 1024)
+Rule = Callable[[tuple[Any, ...], Any], int]
 
 
 def multiply_adds(module: nn.Module, *shape: int) -> int:
@@ -38,10 +42,22 @@ def multiply_adds(module: nn.Module, *shape: int) -> int:
         shape: of that tensor, e.g. ``1, 3, 512, 1024``.
     """
     meta = copy.deepcopy(module).to("meta")
-    counter = _Counter()
-    with torch.no_grad(), counter:
+    with torch.no_grad(), Counter(_RULES) as counter:
         meta(torch.empty(shape, device="meta"))
     return counter.total
+
+
+def counted() -> Counter:
+    """A context that counts the multiply-adds of the products that run inside it, on any device.
+
+    ``with counted() as work: loss(...).backward()``, then ``work.total``. Counted are convolutions, matrix
+    products and attention, with their backward passes where those run inside; for a network the backward pass
+    costs twice the forward pass, less what is not asked for (the gradient to the images). What activation
+    checkpointing computes again counts again; what an attention kernel computes again for itself does not.
+    A sparse factor counts its stored values only. Everything that is not a product counts nothing, and what a
+    compiler made of the operations cannot be seen: count an eager step. (Meta tensors are counted for free.)
+    """
+    return Counter(_PRODUCTS)
 
 
 def trainable_parameters(module: nn.Module) -> int:
@@ -49,18 +65,26 @@ def trainable_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the cost of every operation under it; functions and modules are seen alike."""
+class Counter(TorchDispatchMode):
+    """Adds up the cost of every operation under it; functions and modules are seen alike.
 
-    def __init__(self) -> None:
+    Args:
+        rules: cost by operation, from its arguments and its (first) result; other operations are free.
+
+    Attributes:
+        total: multiply-adds so far.
+    """
+
+    def __init__(self, rules: Mapping[Any, Rule]) -> None:
         super().__init__()
         self.total: int = 0
+        self._rules = rules
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        rule = _RULES.get(func.overloadpacket)
+        rule = self._rules.get(func.overloadpacket)
         if rule is not None:
             self.total += rule(args, out[0] if isinstance(out, tuple) else out)
         return out
@@ -73,7 +97,7 @@ def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
     return int(walked.numel() * math.prod(weight.shape[1:]))
 
 
-def _product(inner: Callable[[tuple[Any, ...]], int]) -> Callable[[tuple[Any, ...], Tensor], int]:
+def _product(inner: Callable[[tuple[Any, ...]], int]) -> Rule:
     """Cost of a matrix product: each value of the result sums over the inner dimension."""
     return lambda args, out: int(out.numel() * inner(args))
 
@@ -93,7 +117,7 @@ def _mean(args: tuple[Any, ...], out: Tensor) -> int:
 
 
 _ATEN = torch.ops.aten
-_RULES: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
+_RULES: dict[Any, Rule] = {
     _ATEN.convolution: _convolution,
     _ATEN.mm: _product(lambda args: args[0].shape[-1]),
     _ATEN.bmm: _product(lambda args: args[0].shape[-1]),
@@ -104,6 +128,59 @@ _RULES: dict[Any, Callable[[tuple[Any, ...], Tensor], int]] = {
     _ATEN._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
     _ATEN.mean: _mean,
 }
+
+
+def _convolution_backward(args: tuple[Any, ...], out: object) -> int:
+    """As much as forward for each of the gradients to the image and to the weight, where asked for."""
+    upstream, image, weight, transposed, asked = args[0], args[1], args[2], args[7], args[10]
+    once = _convolution((image, weight, *[None] * 4, transposed), upstream)
+    return once * (bool(asked[0]) + bool(asked[1]))
+
+
+def _matrix(first: int) -> Rule:
+    """Cost of the product of the arguments ``first`` and ``first + 1``, dense or sparse."""
+
+    def cost(args: tuple[Any, ...], out: Tensor) -> int:
+        left, right = args[first], args[first + 1]
+        columns = right.shape[-1] if right.dim() > 1 else 1
+        if left.layout != torch.strided:
+            return int(left._nnz()) * columns
+        if right.layout != torch.strided:
+            return int(right._nnz()) * int(left.shape[-2])
+        return int(left.numel()) * columns
+
+    return cost
+
+
+def _attention(args: tuple[Any, ...], out: Tensor) -> int:
+    return _scores(*args[:3])
+
+
+def _attention_backward(args: tuple[Any, ...], out: Tensor) -> int:
+    return 2 * _scores(*args[1:4])  # behind the upstream gradient
+
+
+def _scores(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """Queries ``(..., N, E)`` against keys ``(..., S, E)``, then weights against values ``(..., S, V)``."""
+    return int(math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+
+
+_PREFIX = "_scaled_dot_product_"
+_KERNELS = (
+    *("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"),
+    "fused_attention_overrideable",
+)
+_BY_NAME: dict[str, Rule] = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    **dict.fromkeys(("mm", "bmm", "mv", "_sparse_mm"), _matrix(0)),
+    **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "_sparse_addmm"), _matrix(1)),
+    **dict.fromkeys(("baddbmm", "baddbmm_", "addmv"), _matrix(1)),
+    **dict.fromkeys((f"{_PREFIX}{kernel}" for kernel in _KERNELS), _attention),
+    **dict.fromkeys((f"{_PREFIX}{kernel}_backward" for kernel in _KERNELS), _attention_backward),
+}
+# Releases of PyTorch differ in which of them there are.
+_PRODUCTS = {getattr(_ATEN, name): rule for name, rule in _BY_NAME.items() if hasattr(_ATEN, name)}
 
 
 class _Classifier(nn.Module):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
+from poodle_lightning.analysis.flops import Counter, counted
+from poodle_lightning.analysis.peaks import peak_flops
 from poodle_lightning.data.image_classes import ImageBatch
 from poodle_lightning.types import LabelledBatch
 
@@ -21,13 +25,18 @@ _GIB = 2.0**30
 
 
 class Throughput(L.Callback):
-    """Logs ``perf/pairs_per_s``, ``perf/data_wait`` and, on CUDA, ``perf/gpu_gb`` of each logging interval.
+    """Logs the speed, the wait for data, the arithmetic and the memory of each logging interval.
 
     * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out); labelled
       images are ``perf/images_per_s``.
     * ``perf/data_wait``: share of the training time in which the host stood waiting for the next batch. The
       device may still have been at work, so this is an upper bound of what faster data would save.
-    * ``perf/gpu_gb``: peak memory of this process's tensors so far, GiB.
+    * ``perf/tflops``: floating-point operations a second of one device, 10¹²: convolutions and products of
+      everything that a training step runs (both networks, forward and backward, the flow network), counted in
+      the first step; a multiply-add is two of them.
+    * ``perf/mfu``: that as a share of what the GPU can do at most (``analysis.peaks``), where it is known.
+    * ``perf/gpu_gb``: on CUDA, peak memory of this process's tensors so far, GiB.
+    * ``perf/host_gb``: peak resident memory of this process so far, GiB; workers are processes of their own.
 
     Args:
         print_every: seconds between two progress lines where there is no progress bar; None prints none.
@@ -37,6 +46,9 @@ class Throughput(L.Callback):
         self.print_every = print_every
         self.latest: dict[str, float] = {}
         self._unit = "pairs"
+        self._counting = ExitStack()
+        self._counter: Counter | None = None
+        self._flops_per_clip: float | None = None
         self._clear()
         self._left = self._began = self._printed = 0.0
 
@@ -61,14 +73,20 @@ class Throughput(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is here: the wait is over."""
+        """The batch is here: the wait is over. The arithmetic of the first one is counted."""
         self._began = time.perf_counter()
         self._waited += self._began - self._left
+        if self._flops_per_clip is None:
+            self._counter = self._counting.enter_context(counted())
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch; at a logging step, reports."""
+        self._counting.close()
+        if self._counter is not None:
+            self._flops_per_clip = 2.0 * self._counter.total / max(1, clips_in(batch))
+            self._counter = None
         self._left = time.perf_counter()
         self._worked += self._left - self._began
         self._unit = "images" if isinstance(batch, LabelledBatch | ImageBatch) else "pairs"
@@ -81,11 +99,26 @@ class Throughput(L.Callback):
             self._report(trainer, pl_module, outputs)
             self._left = time.perf_counter()
 
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Ends a count that was broken off."""
+        self._counting.close()
+
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
         elapsed = self._worked + self._waited
         perf = {f"perf/{self._unit}_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
+        if self._flops_per_clip is not None:
+            flops = self._flops_per_clip * self._pairs / trainer.world_size / elapsed
+            perf["perf/tflops"] = flops / 1e12
+            peak = _peak(pl_module.device, str(trainer.precision))
+            if peak is not None:
+                perf["perf/mfu"] = flops / peak
         if pl_module.device.type == "cuda":
             perf["perf/gpu_gb"] = torch.cuda.max_memory_allocated(pl_module.device) / _GIB
+        resident = _resident_peak()
+        if resident is not None:
+            perf["perf/host_gb"] = resident / _GIB
         if trainer.global_step % logging_interval(trainer) == 0:
             for logger in trainer.loggers:
                 # the row of this step: Lightning numbers steps from 0 in its logs
@@ -126,8 +159,11 @@ class Throughput(L.Callback):
         if f"perf/{self._unit}_per_s" in self.latest:
             words[f"{self._unit}/s"] = f"{self.latest[f'perf/{self._unit}_per_s']:.3g}"
             words["data wait"] = f"{100 * self.latest['perf/data_wait']:.0f}%"
-        if "perf/gpu_gb" in self.latest:
-            words["GiB"] = f"{self.latest['perf/gpu_gb']:.1f}"
+        if "perf/mfu" in self.latest:
+            words["MFU"] = f"{100 * self.latest['perf/mfu']:.0f}%"
+        memory = next((key for key in ("perf/gpu_gb", "perf/host_gb") if key in self.latest), None)
+        if memory is not None:
+            words["GiB"] = f"{self.latest[memory]:.1f}"
         if math.isfinite(self.latest.get("eta_s", math.nan)):
             words["ETA"] = str(timedelta(seconds=round(self.latest["eta_s"])))
         return words
@@ -153,6 +189,20 @@ class ProgressBar(RichProgressBar):
 def logging_interval(trainer: L.Trainer) -> int:
     """Optimiser steps between two logged ones (``trainer.log_every_n_steps``, which may be 0)."""
     return max(1, int(getattr(trainer, "log_every_n_steps", 1)))
+
+
+def _peak(device: torch.device, precision: str) -> float | None:
+    return peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
+
+
+def _resident_peak() -> int | None:
+    """Bytes; the system counts in KiB, but for macOS, which counts in bytes. Windows has no such count."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def clips_in(batch: Any) -> int:

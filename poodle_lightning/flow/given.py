@@ -72,7 +72,8 @@ class Given(Configured, FlowEstimator):
     def _refuse(lacking: Tensor) -> Flow:
         raise UserError(
             f"{len(lacking)} pairs of the batch come without flow, which the estimator Given needs: "
-            "take a source that knows its flow (synthetic) or an estimator (DIS, RAFT)"
+            "fill the cache for these pairs (poodle-lightning flow), take a source that knows its flow "
+            "(synthetic) or an estimator (DIS, RAFT)"
         )
 
 

@@ -29,9 +29,9 @@ CPU_CHUNK_VALUES = 1 << 20
 # All nodes times all nodes: so many bytes of products at a time, of one image or several, and so many pixels.
 ALL_PAIRS_BYTES = 1 << 30
 ALL_PAIRS_PIXELS = 1 << 21
-# Smooth motion has 15 node pairs per node. Pure noise at stride 8 comes near 1,024, the most that is possible:
-# there the pairs still take a seventh of the direct form's time, for 250 MiB where that takes 40 (512 x 1024).
-# Only coarser maps can have more, and then the vectors are the smaller evil.
+# Smooth motion has 15 node pairs per node. Pure noise at stride 8 comes near 1,024, the most that there can
+# be: the pairs then still take a seventh of the direct form's time, for 250 MiB where that takes 40 (512×1024).
+# Only coarser maps can have more, and for those the vectors are the smaller evil.
 PAIRS_PER_NODE = 1024
 
 

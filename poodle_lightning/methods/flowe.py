@@ -49,9 +49,9 @@ from poodle_lightning.types import Clip, FlowEstimator, Look, Losses
 class FlowENet(Online):
     """Everything the target copies: encoder and projector."""
 
-    def __init__(self, encoder: Encoder, hidden: int, out: int) -> None:
+    def __init__(self, encoder: Encoder, hidden: int, out: int, recompute: bool = False) -> None:
         super().__init__(encoder)
-        self.projector = ConvMLP(encoder.vector_dim, hidden, out, bias=False)
+        self.projector = ConvMLP(encoder.vector_dim, hidden, out, bias=False, recompute=recompute)
 
     def dense(self, images: Tensor) -> Tensor:
         """Projected map ``(B, out, h, w)`` of images ``(B, 3, H, W)``."""
@@ -72,6 +72,8 @@ class FlowE(Method):
         threshold: largest forward-backward error of a visible point, px of the crop's resolution.
         loss_stride: the loss is taken on every n-th pixel; 1 is the paper's grid.
         warp_order: "paper" un-augments, then warps; "code" is the public code's order.
+        recompute: the heads' hidden layers are computed again in the backward pass, not kept, and so are the
+            blocks of the default encoder; another has a switch of its own.
         recipe: optimiser and schedules.
     """
 
@@ -89,12 +91,14 @@ class FlowE(Method):
         threshold: float = 3.54,
         loss_stride: int = 1,
         warp_order: WarpOrder = "paper",
+        recompute: bool = False,
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe)
-        self.online = FlowENet(encoder or ResNet(50, output_stride=8), hidden, out)
+        encoder = encoder or ResNet(50, output_stride=8, recompute=recompute)
+        self.online = FlowENet(encoder, hidden, out, recompute)
         self.target = EMA(self.online)
-        self.predictor = ConvMLP(out, hidden, out, bias=False)
+        self.predictor = ConvMLP(out, hidden, out, bias=False, recompute=recompute)
         self.flow = flow or DIS()
         self.colour = colour or Colour()
         self.view = AffineFlip() if view == "default" else view

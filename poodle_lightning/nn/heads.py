@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from poodle_lightning.nn.recompute import recomputed
 
 
 class ConvMLP(nn.Sequential):
@@ -16,15 +18,39 @@ class ConvMLP(nn.Sequential):
         out_dims: channels of the output.
         bias: whether the first convolution has a bias (the BatchNorm behind it takes it away again; PooDLe's
             code has it, FlowE's has not).
+        recompute: the backward pass computes the hidden layer again, which is the largest tensor of a dense
+            loss's network, instead of keeping it.
     """
 
-    def __init__(self, in_dims: int, hidden_dims: int = 4096, out_dims: int = 256, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_dims: int,
+        hidden_dims: int = 4096,
+        out_dims: int = 256,
+        bias: bool = True,
+        recompute: bool = False,
+    ) -> None:
         super().__init__(
             nn.Conv2d(in_dims, hidden_dims, 1, bias=bias),
             nn.BatchNorm2d(hidden_dims),
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden_dims, out_dims, 1),
         )
+        self.recompute = recompute
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """``(B, in, h, w)`` to ``(B, out, h, w)``."""
+        return recomputed(self.plain, maps, of=self) if self.recompute else self.plain(maps)
+
+    def plain(self, maps: Tensor) -> Tensor:
+        """All layers, whatever ``recompute`` says: for a caller that recomputes more than this head."""
+        return self.behind_first(self[0](maps))
+
+    def behind_first(self, maps: Tensor) -> Tensor:
+        """The layers behind the first: ``(B, hidden, h, w)`` to ``(B, out, h, w)``."""
+        for layer in list(self)[1:]:
+            maps = layer(maps)
+        return maps
 
 
 class MLP(nn.Sequential):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from poodle_lightning.nn.encoder import Encoder
+from poodle_lightning.nn.recompute import recomputed
 from poodle_lightning.nn.weights import load_state, read_state
 from poodle_lightning.types import Features, UserError
 
@@ -41,6 +42,9 @@ class ResNet(Encoder):
         weights: None; the name of torchvision weights for this depth, e.g. ``"IMAGENET1K_V2"``; or the path
             of a state dict of torchvision or timm (``fc`` in it is left out).
         stem_pool: False drops the max-pooling and so halves all strides: for small images.
+        recompute: keeps for the backward pass only what goes into the stem and into each residual block and
+            computes their inside again: a third more multiply-adds, the same results, a fraction of the
+            memory (``benchmarks/saved_bytes.py``). (``TimmEncoder`` has no such switch.)
 
     Raises:
         UserError: a value that is not offered, or weights that do not exist or do not fit.
@@ -53,6 +57,7 @@ class ResNet(Encoder):
         width: int = 64,
         weights: str | None = None,
         stem_pool: bool = True,
+        recompute: bool = False,
     ) -> None:
         if depth not in _BLOCKS:
             raise UserError(
@@ -67,6 +72,7 @@ class ResNet(Encoder):
             channels={name: width * 2**i * kind.expansion for i, name in enumerate(_LAYERS)},
             strides={name: min(stem * 2**i, limit) for i, name in enumerate(_LAYERS)},
         )
+        self.recompute = recompute
         self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
@@ -89,13 +95,23 @@ class ResNet(Encoder):
 
     def features(self, normalised: Tensor) -> Features:
         """Maps of the four stages and the mean of the last."""
-        x = self.maxpool(self.act1(self.bn1(self.conv1(normalised))))
+        x = recomputed(self._stem, normalised, of=self.bn1) if self.recompute else self._stem(normalised)
         maps: dict[str, Tensor] = {}
         for name in _LAYERS:
-            x = maps[name] = getattr(self, name)(x)
+            stage = getattr(self, name)
+            if self.recompute:
+                for block in stage:
+                    x = recomputed(block, x)
+            else:
+                x = stage(x)
+            maps[name] = x
         return Features(
             maps=maps, strides=dict(self.strides), vector=functional.adaptive_avg_pool2d(x, 1).flatten(1)
         )
+
+    def _stem(self, normalised: Tensor) -> Tensor:
+        pooled: Tensor = self.maxpool(self.act1(self.bn1(self.conv1(normalised))))
+        return pooled
 
 
 def _stage(

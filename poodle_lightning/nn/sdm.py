@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
+import torch
 from timm.models.resnet import Bottleneck
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from poodle_lightning.nn.encoder import Decoder
+from poodle_lightning.nn.heads import ConvMLP
+from poodle_lightning.nn.recompute import recomputed
+from poodle_lightning.ops.geometry import island
 from poodle_lightning.types import Features, UserError
 
 
@@ -29,6 +34,7 @@ class SDM(Decoder):
         top_down: False leaves the residual blocks out (ablation row without top-down path).
         lateral: False leaves the laterals out (ablation row without laterals).
         blocks: number of steps; 2 leads from stride 32 to stride 8.
+        recompute: the backward pass computes the residual blocks again instead of keeping their inside.
 
     Raises:
         UserError: there are not enough maps for so many blocks, or ``dims`` is not a multiple of 4.
@@ -44,6 +50,7 @@ class SDM(Decoder):
         top_down: bool = True,
         lateral: bool = True,
         blocks: int = 2,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         counts = list(channels.values() if isinstance(channels, Mapping) else channels)
@@ -54,6 +61,7 @@ class SDM(Decoder):
         if dims % 4:
             raise UserError(f"SDM dims={dims} must be a multiple of 4")
         self.dims = dims
+        self.recompute = recompute
         self.level = -1 - blocks
         deepest, finer = counts[-1], counts[-2 : self.level - 1 : -1]
         self.entry = nn.Identity() if deepest == dims else nn.Conv2d(deepest, dims, 1)
@@ -61,16 +69,81 @@ class SDM(Decoder):
         self.blocks = nn.ModuleList(_block(dims, hidden) if top_down else nn.Identity() for _ in finer)
         self.laterals = nn.ModuleList(nn.Conv2d(count, dims, 1) for count in finer if lateral)
 
-    def forward(self, features: Features) -> Features:
-        """The map ``"sdm" (B, dims, H / 8, W / 8)``: size and stride are those of the finest map used."""
+    def forward(self, features: Features, projector: ConvMLP | None = None) -> Features:
+        """The map ``"sdm" (B, dims, H / 8, W / 8)``: size and stride are those of the finest map used.
+
+        Args:
+            features: the encoder's.
+            projector: the map is ``projector(sdm) (B, out, H / 8, W / 8)`` instead, and the ``dims`` channels
+                are never made at its size: a 1x1 convolution commutes with bilinear interpolation, whose
+                weights sum to 1, so ``W (up(g) + L c + l) + b = up(W g + b) + (W L) c + W l``. Equal to
+                ``projector(sdm)`` to rounding, and so are all gradients and BatchNorm statistics. Where
+                one of the two convolutions is another layer or has hooks, the plain order is taken.
+        """
         names = list(features.maps)
         z = self.entry(features.maps[names[-1]])
         for i, block in enumerate(self.blocks):
             finer = features.maps[names[-2 - i]]
-            z = functional.interpolate(block(z), size=finer.shape[-2:], mode="bilinear", align_corners=False)
-            if len(self.laterals):
-                z = z + self.laterals[i](finer)
+            z = recomputed(block, z) if self.recompute else block(z)
+            if i < len(self.blocks) - 1:
+                z = self._joined(z, finer, i)
+        if projector is None:
+            z = self._joined(z, finer, -1)
+        elif not self._commutes_with(projector):
+            z = projector(self._joined(z, finer, -1))
+        elif projector.recompute:
+            z = recomputed(lambda g, c: self._projected(g, c, projector), z, finer, of=projector)
+        else:
+            z = self._projected(z, finer, projector)
         return Features(maps={self.name: z}, strides={self.name: features.strides[names[self.level]]})
+
+    def _joined(self, z: Tensor, finer: Tensor, i: int) -> Tensor:
+        """Step ``i`` behind its residual block."""
+        z = _upsampled(z, finer)
+        return z + self.laterals[i](finer) if len(self.laterals) else z
+
+    def _projected(self, coarse: Tensor, finer: Tensor, projector: ConvMLP) -> Tensor:
+        """``projector`` of the last step's result, its first convolution at the coarse map's size."""
+        first: Any = projector[0]
+        z = _upsampled(first(coarse), finer)
+        if len(self.laterals):
+            # in place: neither of the two is needed in the backward pass
+            z += functional.conv2d(finer, *_product(first, self.laterals[-1]))
+        return projector.behind_first(z)
+
+    def _commutes_with(self, projector: ConvMLP) -> bool:
+        whole = type(projector).forward is ConvMLP.forward and not _has_hooks(projector)
+        return whole and all(map(_is_plain, [projector[0], *self.laterals[-1:]]))
+
+
+def _upsampled(maps: Tensor, like: Tensor) -> Tensor:
+    return functional.interpolate(maps, size=like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a 1x1 convolution and does nothing beside."""
+    return (
+        isinstance(layer, nn.Conv2d)
+        and type(layer).forward is nn.Conv2d.forward
+        and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and not _has_hooks(layer)
+    )
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    kinds = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return any(kinds)
+
+
+def _product(first: Any, lateral: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of two 1x1 convolutions as one, ``first`` (without its bias) behind ``lateral``."""
+    kind = first.weight.dtype
+    wide = torch.promote_types(kind, torch.float32)
+    with island(first.weight.device.type):
+        outer, inner = first.weight.flatten(1).to(wide), lateral.weight.flatten(1).to(wide)
+        weight = (outer @ inner).to(kind)[:, :, None, None]
+        bias = None if lateral.bias is None else (outer @ lateral.bias.to(wide)).to(kind)
+    return weight, bias
 
 
 def _block(dims: int, hidden: int) -> nn.Module:

@@ -15,8 +15,9 @@ Convention (stated once, used everywhere):
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,13 @@ WarpOrder = Literal["paper", "code"]
 _BORDER = 1.0 + 5e-7
 
 
-def island(device_type: str) -> torch.autocast:
-    """A context without autocast, for geometry and losses that must run in float32."""
-    return torch.autocast(device_type, enabled=False)
+def island(device_type: str) -> AbstractContextManager[Any]:
+    """A context without autocast, for geometry and losses that must run in float32.
+
+    Meta tensors, on which costs are counted, know no autocast: for them it does nothing.
+    """
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _is_cuda(device: torch.device | str | None) -> bool:

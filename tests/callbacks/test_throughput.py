@@ -5,9 +5,10 @@ import lightning as L
 import pytest
 import torch
 from tiny_models import make_clip
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from poodle_lightning.callbacks.metrics_file import MetricsFile
-from poodle_lightning.callbacks.throughput import Throughput, clips_in
+from poodle_lightning.callbacks.throughput import Throughput, _resident_peak, clips_in
 
 
 class Slow(torch.utils.data.Dataset):
@@ -35,7 +36,8 @@ class Model(L.LightningModule):
 
 
 @pytest.fixture
-def trained(tmp_path, caplog):
+def trained(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("poodle_lightning.callbacks.throughput._peak", lambda device, precision: 1e6)
     throughput = Throughput(print_every=0.0)
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_epochs=2, log_every_n_steps=3,
@@ -59,12 +61,43 @@ def test_rate_and_wait_are_those_of_the_clock(trained):
         assert 4.0 < float(row["perf/pairs_per_s"]) <= 2 / 0.09 * 1.01
 
 
+def test_arithmetic_is_that_of_the_network(trained):
+    """Four weights, a clip: 4 multiply-adds forward, 4 for the weights' gradient, none for the images'."""
+    throughput, _, _ = trained
+    flops = throughput.latest["perf/tflops"] * 1e12
+    assert flops == pytest.approx(2 * (4 + 4) * throughput.latest["perf/pairs_per_s"])
+    assert throughput.latest["perf/mfu"] == pytest.approx(flops / 1e6)
+
+
+def test_memory_is_that_of_the_process(trained):
+    throughput, _, _ = trained
+    before = throughput.latest["perf/host_gb"]
+    # torch alone takes a tenth of a GiB, and no test may take all of a machine
+    assert 0.1 < before < 24
+    _ = torch.ones(2**28)  # 1 GiB
+    assert _resident_peak() / 2**30 > max(1.0, before)
+
+
+def test_a_step_that_fails_leaves_no_count_running(tmp_path):
+    class Broken(Model):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("broken")
+
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+        callbacks=[Throughput()], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="broken"):
+        trainer.fit(Broken(), torch.utils.data.DataLoader(Slow(), batch_size=2))
+    assert _get_current_dispatch_mode() is None
+
+
 def test_a_line_says_what_is_left(trained):
     throughput, _, caplog = trained
     said = [record.getMessage() for record in caplog.get_records("setup")]
     assert any("step 3/6" in line and "pairs/s" in line for line in said)
     assert throughput.latest["eta_s"] == 0.0
-    assert set(throughput.words()) == {"loss", "pairs/s", "data wait", "ETA"}
+    assert set(throughput.words()) == {"loss", "pairs/s", "data wait", "MFU", "GiB", "ETA"}
 
 
 def test_clips_are_counted_in_any_batch():

@@ -97,3 +97,19 @@ def test_wider_threshold_sees_more():
     clip.flow.add_(torch.randn_like(clip.flow) * 2)
     seen = [tiny_flowe(threshold=t).look(clip).visible.sum() for t in (0.5, 2.0, 8.0)]
     assert seen[0] < seen[1] < seen[2]
+
+
+def test_recomputing_heads_and_encoder_is_the_same_step():
+    methods = [
+        tiny_flowe(encoder=tiny_encoder(output_stride=8, recompute=recompute), recompute=recompute).double()
+        for recompute in (False, True)
+    ]
+    methods[1].load_state_dict(methods[0].state_dict())
+    outcomes = []
+    for method in methods:
+        loss = method.train().losses(make_clip())["dense"]
+        loss.backward()
+        gradients = {name: p.grad for name, p in method.named_parameters() if p.requires_grad}
+        outcomes.append({"loss": loss, **gradients, **dict(method.named_buffers())})
+    plain, switched = outcomes
+    assert all(torch.equal(switched[name], value) for name, value in plain.items())

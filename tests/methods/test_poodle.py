@@ -9,10 +9,12 @@ from poodle_lightning.augment.geometric import AffineFlip, draw_views
 from poodle_lightning.augment.photometric import recolour
 from poodle_lightning.flow.given import Given
 from poodle_lightning.methods.poodle import PooDLe
+from poodle_lightning.nn.sdm import SDM
 from poodle_lightning.ops.crops import SubcropRecipe
 from poodle_lightning.ops.geometry import Affine, Flow, pixel_grid, pull, warp_into_view
 from poodle_lightning.ops.pairs import both_directions, direction_keys
 from poodle_lightning.ops.random import key_of
+from poodle_lightning.types import Features
 
 
 def tiny_poodle(**kwargs) -> PooDLe:
@@ -208,6 +210,7 @@ def test_loss_is_symmetric_in_the_two_frames():
 def test_default_is_the_papers_method():
     method = PooDLe(encoder=tiny_encoder(), hidden=8, out=4, flow=Given())
     assert method.online.decoder.dims == 2048
+    assert not method.online.decoder.recompute
     assert (method.dense_weight, method.pooled_weight) == (0.5, 0.5)
     assert method.view.degrees == 10.0
     assert method.subcrops.count == 6
@@ -252,3 +255,79 @@ def test_without_a_dense_loss_there_is_no_untrained_decoder():
     assert method.online.decoder is None
     with pytest.raises(ValueError, match="nothing trains the decoder"):
         tiny_poodle(dense_weight=0.0)
+
+
+def one_step(method, clip):
+    """Terms of the loss, gradients and buffers of one training step."""
+    terms = method.train().losses(clip)
+    sum(terms.values()).backward()
+    gradients = {n: p.grad for n, p in method.named_parameters() if p.requires_grad}
+    return terms, gradients, dict(method.named_buffers())
+
+
+def test_commuted_projector_changes_no_loss_no_gradient_and_no_statistics():
+    clip = make_clip()
+    plain, commuted = tiny_poodle(commute=False).double(), tiny_poodle().double()
+    assert list(plain.state_dict()) == list(commuted.state_dict())
+    expected, gradients, buffers = one_step(plain, clip)
+    found, own_gradients, own_buffers = one_step(commuted, clip)
+    for term, value in expected.items():
+        assert abs(float(found[term] - value)) < 1e-12 * float(value)
+    for name, value in gradients.items():  # a bias in front of a BatchNorm has a gradient of rounding only
+        assert (own_gradients[name] - value).norm() < 1e-11 * value.norm() + 1e-14, name
+    for name, value in buffers.items():
+        torch.testing.assert_close(own_buffers[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_what_is_exported_is_the_decoders_own_map():
+    method = tiny_poodle().eval()
+    images = torch.rand(2, 3, 32, 64)
+    with torch.no_grad():
+        decoded = method.backbone()(images).maps["sdm"]
+        expected = method.online.dense_projector(decoded)
+        torch.testing.assert_close(method.online.dense(images), expected, rtol=1e-4, atol=1e-5)
+    assert decoded.shape == (2, 32, 4, 8)
+
+
+def test_another_head_in_the_projectors_place_takes_the_plain_order():
+    method = tiny_poodle()
+    method.online.dense_projector = torch.nn.Conv2d(32, 8, 1)
+    features = method.online.decoder(method.online.encoder(images := torch.rand(2, 3, 32, 64)))
+    expected = method.online.dense_projector(features.last)
+    torch.testing.assert_close(method.online.dense(images), expected, rtol=1e-4, atol=1e-5)
+
+
+class Scaled(SDM):
+    def forward(self, features):
+        found = super().forward(features)
+        return Features({"sdm": 3 * found.last}, found.strides)
+
+
+def test_a_decoder_with_a_forward_of_its_own_is_called_as_it_is():
+    encoder = tiny_encoder()
+    method = tiny_poodle(encoder=encoder, decoder=Scaled(encoder.channels, dims=32))
+    features = method.online.decoder(method.online.encoder(images := torch.rand(2, 3, 32, 64)))
+    expected = method.online.dense_projector(features.last)
+    torch.testing.assert_close(method.online.dense(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("commute", [True, False])
+def test_recomputing_everywhere_is_the_same_step(commute):
+    methods = []
+    for recompute in (False, True):
+        encoder = tiny_encoder(recompute=recompute)
+        decoder = tiny_sdm(encoder, recompute=recompute)
+        methods.append(
+            tiny_poodle(encoder=encoder, decoder=decoder, commute=commute, recompute=recompute).double()
+        )
+    methods[1].load_state_dict(methods[0].state_dict())
+    outcomes = [one_step(method, make_clip()) for method in methods]
+    for expected, found in zip(*outcomes, strict=True):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_switch_reaches_the_default_parts():
+    with torch.device("meta"):
+        method = PooDLe(hidden=8, out=4, flow=Given(), recompute=True)
+    parts = (method.online.encoder, method.online.decoder, method.online.dense_projector)
+    assert all(part.recompute for part in (*parts, method.target.module.encoder, method.dense_predictor))

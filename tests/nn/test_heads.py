@@ -33,3 +33,16 @@ def test_sizes_of_the_paper(kind, norm):
     count = sum(p.numel() for p in [*projector.parameters(), *predictor.parameters()])
     assert count / 1e6 == pytest.approx(11.56, abs=0.005)
     assert isinstance(projector[1], norm)
+
+
+def test_recomputed_head_equals_the_plain_one():
+    torch.manual_seed(0)
+    heads = [ConvMLP(6, 10, 4, recompute=recompute).double() for recompute in (False, True)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    results = []
+    for head in heads:
+        x = torch.randn(2, 6, 3, 5, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+        result = head(x)
+        result.square().sum().backward()
+        results.append([result, x.grad, *(p.grad for p in head.parameters()), *head.buffers()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*results, strict=True))

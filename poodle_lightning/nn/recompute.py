@@ -1,0 +1,55 @@
+"""Activation checkpointing: what the backward pass needs is computed again instead of being kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | None = None) -> Tensor:
+    """``call(*inputs)``; of what happens inside only the inputs are kept for the backward pass.
+
+    Result, gradients and BatchNorm's running statistics are those of the plain call. Without gradients it is
+    the plain call. What is inside must not draw random numbers (no dropout): it would draw others the second
+    time.
+
+    Args:
+        call: a module, or a function that calls modules.
+        inputs: tensors of any shape.
+        of: where the modules are that a function calls; by default ``call`` itself.
+    """
+    if not torch.is_grad_enabled():
+        return call(*inputs)
+    parts = call if of is None else of
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _statistics_kept(parts) if isinstance(parts, nn.Module) else nullcontext()
+
+    # No generator state is saved: on a GPU that would be a read back per call. A compiler takes the buffers'
+    # changes out of what it recomputes, and it knows no contexts of ours.
+    extra: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": contexts}
+    result: Tensor = checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False, **extra)
+    return result
+
+
+@contextmanager
+def _statistics_kept(module: nn.Module) -> Iterator[None]:
+    """BatchNorm layers normalise as before but leave their running statistics and counters alone.
+
+    The buffers stay in place, because autograd counts what it saves and must find the same the second time;
+    with momentum 0 they keep their values.
+    """
+    layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    for layer in layers:
+        layer.momentum, layer.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for layer, (momentum, count) in zip(layers, before, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, count
