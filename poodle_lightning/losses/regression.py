@@ -30,7 +30,7 @@ CPU_CHUNK_VALUES = 1 << 20
 ALL_PAIRS_BYTES = 1 << 30
 ALL_PAIRS_PIXELS = 1 << 21
 # Smooth motion has 15 node pairs per node. Pure noise at stride 8 comes near 1,024, the most that there can
-# be: the pairs then still take a seventh of the direct form's time, for 250 MiB where that takes 40 (512×1024).
+# be: the pairs then still take a seventh of the direct form's time, for 250 MiB where that has 40 (512×1024).
 # Only coarser maps can have more, and for those the vectors are the smaller evil.
 PAIRS_PER_NODE = 1024
 

@@ -54,7 +54,7 @@ def pixel_grid(size: Size, device: torch.device | None = None, dtype: torch.dtyp
 
 
 def _planar(x: Tensor, y: Tensor) -> Tensor:
-    """Points ``(…, 2)`` whose x and whose y are each contiguous: arithmetic on one of them then runs along it."""
+    """Points ``(…, 2)`` with contiguous x and contiguous y: arithmetic on one of them then runs along it."""
     return torch.stack([x, y]).movedim(0, -1)
 
 
