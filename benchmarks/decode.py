@@ -89,7 +89,8 @@ def by_reader(path: Path, pairs: Pairs) -> Frames:
     found: Frames = []
     for first, second, box in pairs:
         with VideoReader(path) as reader:
-            found.extend(reader.read([first / FPS, second / FPS], box)[0])
+            pieces = reader.pieces([first / FPS, second / FPS], [box, box])
+            found.extend(piece.pixels for piece in pieces)
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.ops.geometry import Affine, Flow, Size, extent_to_pixels, pixel_grid, pull
+from poodle_lightning.ops.planes import planes_size, planes_to_rgb
 
 Losses = dict[str, Tensor]
 
@@ -50,7 +51,8 @@ class Clip:
 
     Args:
         frames: ``(B, T, 3, H, W)`` uint8 RGB, raw crops with a 1 px margin, padded at the right and bottom
-            to the batch's largest.
+            to the batch's largest; or, with ``yuv``, ``(B, T, H·3/2, W)`` uint8, the same as YUV 4:2:0: H
+            rows of Y, then (H/2)·(W/2) values of U, then of V (I420; H and W are even).
         window: batch B; from a point of the training crop to the point of ``frames``. Resize and crop are
             this one map, sampled once on the device.
         size: height and width of the training crop in pixels.
@@ -64,10 +66,12 @@ class Clip:
         points: optional ``(B, P, T, 2)`` tracked points in extent coordinates of the crop; NaN = lost.
         labels: optional ``(B, T, H, W)`` uint8 in pixels of ``frames``; 255 = ignore.
         skipped: videos that were tried for this batch and replaced; stays on the host.
+        yuv: optional ``(B, 3, 4)`` float32: the frames are planes, and this takes their (Y, U, V, 1) in bytes
+            to RGB in 0…255. None: the frames are RGB.
 
     Raises:
         ValueError: shapes do not agree.
-        TypeError: frames are not uint8.
+        TypeError: frames are not uint8, or ``yuv`` is not float32.
     """
 
     frames: Tensor
@@ -81,12 +85,10 @@ class Clip:
     points: Tensor | None = None
     labels: Tensor | None = None
     skipped: tuple[Skip, ...] = ()
+    yuv: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.frames.ndim != 5 or self.frames.shape[2] != 3:
-            raise ValueError(f"Clip.frames must be (B, T, 3, H, W), not {tuple(self.frames.shape)}")
-        if self.frames.dtype != torch.uint8:
-            raise TypeError(f"Clip.frames must be uint8, not {self.frames.dtype}")
+        self._check_frames()
         batch, count = self.frames.shape[:2]
         if self.times.shape != (batch, count):
             raise ValueError(f"Clip.times must be ({batch}, {count}), not {tuple(self.times.shape)}")
@@ -97,14 +99,26 @@ class Clip:
         ):
             if length != batch:
                 raise ValueError(f"Clip.{name} has {length} rows for {batch} clips")
-        pixels = tuple(self.frames.shape[-2:])
         for name, given, shape in (
-            ("flow", self.flow, (batch, 2, 2, *pixels)),
+            ("flow", self.flow, (batch, 2, 2, *self.pixels)),
             ("present", self.present, (batch, 2)),
-            ("labels", self.labels, (batch, count, *pixels)),
+            ("labels", self.labels, (batch, count, *self.pixels)),
+            ("yuv", self.yuv, (batch, 3, 4)),
         ):
             if given is not None and given.shape != shape:
                 raise ValueError(f"Clip.{name} must be {shape}, not {tuple(given.shape)}")
+
+    def _check_frames(self) -> None:
+        shape = tuple(self.frames.shape)
+        if self.yuv is None:
+            if len(shape) != 5 or shape[2] != 3:
+                raise ValueError(f"Clip.frames must be (B, T, 3, H, W), not {shape}")
+        elif len(shape) != 4 or shape[2] % 3 or shape[3] % 2 or not min(shape[2:]):
+            raise ValueError(f"Clip.frames with Clip.yuv must be (B, T, H·3/2, W), H and W even, not {shape}")
+        elif self.yuv.dtype != torch.float32:
+            raise TypeError(f"Clip.yuv must be float32, not {self.yuv.dtype}")
+        if self.frames.dtype != torch.uint8:
+            raise TypeError(f"Clip.frames must be uint8, not {self.frames.dtype}")
 
     def __len__(self) -> int:
         return self.frames.shape[0]
@@ -114,11 +128,23 @@ class Clip:
         """Where the frames are."""
         return self.frames.device
 
+    @property
+    def pixels(self) -> Size:
+        """Height and width of the stored pixels, whether they are RGB or planes."""
+        if self.yuv is not None:
+            return planes_size(self.frames.shape)
+        return self.frames.shape[-2], self.frames.shape[-1]
+
     def unit(self) -> Tensor:
-        """The training crops in [0, 1], ``(B, T, 3, *size)`` float32: one sampling of the raw pixels."""
+        """The training crops in [0, 1], ``(B, T, 3, *size)`` float32: one sampling of the raw pixels.
+
+        Planes are made into RGB first, on the device, rounded as bytes of RGB are: both forms of a clip
+        differ by at most a level before they are sampled, where FFmpeg's converter rounds otherwise.
+        """
         batch, count = self.frames.shape[:2]
         window = Affine(self.window.matrix.repeat_interleave(count, dim=0))
-        crops, _ = pull(self.frames.flatten(0, 1), window, self.size)
+        raw = self.frames if self.yuv is None else planes_to_rgb(self.frames, self.yuv)
+        crops, _ = pull(raw.flatten(0, 1), window, self.size)
         return (crops / 255.0).unflatten(0, (batch, count))
 
     def unit_labels(self) -> Tensor | None:

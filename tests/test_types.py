@@ -37,6 +37,56 @@ def test_shapes_are_checked_by_name(changes, message):
         plain(**changes)
 
 
+def planar(height=6, width=8, **changes):
+    """A clip of planes whose matrix takes Y for all three channels, and U and V for nothing."""
+    frames = torch.randint(0, 256, (2, 2, height * 3 // 2, width), dtype=torch.uint8)
+    grey = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 3).expand(2, 3, 4)
+    return plain(**({"frames": frames, "yuv": grey, "size": (height, width)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"frames": torch.zeros(2, 2, 3, 6, 8, dtype=torch.uint8)},
+            ValueError,
+            r"Clip\.frames with Clip\.yuv",
+        ),
+        ({"frames": torch.zeros(2, 2, 8, 8, dtype=torch.uint8)}, ValueError, r"Clip\.frames with Clip\.yuv"),
+        ({"frames": torch.zeros(2, 2, 9, 7, dtype=torch.uint8)}, ValueError, r"Clip\.frames with Clip\.yuv"),
+        ({"frames": torch.zeros(2, 2, 9, 8)}, TypeError, "uint8"),
+        ({"yuv": torch.zeros(3, 3, 4)}, ValueError, r"Clip\.yuv"),
+        ({"yuv": torch.zeros(2, 3, 3)}, ValueError, r"Clip\.yuv"),
+        ({"yuv": torch.zeros(2, 3, 4, dtype=torch.float64)}, TypeError, r"Clip\.yuv"),
+        ({"flow": torch.zeros(2, 2, 2, 9, 8)}, ValueError, r"Clip\.flow"),
+        ({"labels": torch.zeros(2, 2, 9, 8, dtype=torch.uint8)}, ValueError, r"Clip\.labels"),
+    ],
+)
+def test_shapes_of_planes_are_checked_by_name(changes, error, message):
+    with pytest.raises(error, match=message):
+        planar(**changes)
+
+
+def test_planes_and_rgb_of_the_same_pixels_are_one_clip():
+    clip = planar(flow=torch.zeros(2, 2, 2, 6, 8), labels=torch.zeros(2, 2, 6, 8, dtype=torch.uint8))
+    grey = clip.frames[:, :, None, :6].expand(2, 2, 3, 6, 8).contiguous()
+    same = replace(clip, frames=grey, yuv=None)
+    assert clip.pixels == same.pixels == (6, 8)
+    half = {"size": (5, 3), "window": Affine.box(torch.tensor([[-0.9, -0.5, 0.3, 1.0]] * 2))}
+    for changes in ({}, half):
+        assert torch.equal(replace(clip, **changes).unit(), replace(same, **changes).unit())
+    assert torch.equal(clip.given_flow()[0].displacement, same.given_flow()[0].displacement)
+    assert torch.equal(clip.unit_labels(), same.unit_labels())
+
+
+def test_planes_travel_with_their_matrix():
+    clip = planar()
+    moved = clip.to("meta")
+    assert moved.yuv.device.type == moved.frames.device.type == "meta"
+    assert torch.equal(clip[1:].yuv, clip.yuv[1:])
+    assert torch.equal(pickle.loads(pickle.dumps(clip)).unit(), clip.unit())
+
+
 def test_frames_must_be_bytes():
     with pytest.raises(TypeError, match="uint8"):
         plain(frames=torch.zeros(2, 2, 3, 6, 8))

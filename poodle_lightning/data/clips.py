@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,19 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from poodle_lightning.data.batches import Group, Item
 from poodle_lightning.data.cached_flow import CachedFlow
 from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.order import Order, Request
+from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.data.sampling import Sampler, TooShort
-from poodle_lightning.data.sources import Entry, ExactReader, Reader, Source
-from poodle_lightning.data.windows import Rect, TooSmall, Window, WindowRule, extend, inside_frame, reduced
-from poodle_lightning.ops.geometry import Affine, Size
+from poodle_lightning.data.sources import Entry, ExactReader, PieceReader, Reader, Source
+from poodle_lightning.data.windows import TooSmall, Window, WindowRule, extend, inside_frame, reduced
+from poodle_lightning.ops.geometry import Size
+from poodle_lightning.ops.planes import planes_size
 from poodle_lightning.ops.random import fold, key_of
-from poodle_lightning.types import Clip, Skip
+from poodle_lightning.types import Skip
 
-IGNORE = 255
-# Opening costs 8 % of a pair; long films are drawn from again and again.
-_OPEN_READERS = 4
+# An open decoder holds some 25 MB. A few long films are drawn from again and again and all stay open; of
+# many files each is seen once, and is opened in little time.
+_FEW_FILMS, _OPEN_READERS = 12, 4
 # When the disk is gone every video fails: say so soon instead of trying all of a large data set.
 _MAX_TRIES = 256
 
@@ -44,44 +47,6 @@ class PixelFlow(Protocol):
     def pixels(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Flow between two ``(h, w, 3)`` uint8 images: there and back, ``(2, 2, h, w)`` float32 px."""
         ...
-
-
-@dataclass(frozen=True)
-class Item:
-    """One clip before it is put in a batch.
-
-    Args:
-        frames: ``(T, 3, h, w)`` uint8.
-        window: the crop in ``frames``, ``(x0, y0, x1, y1)``, pixel edges.
-        times: T seconds from the start of the video.
-        index: number of the item.
-        key: ``()`` int64.
-        flow: optional ``(2, 2, h, w)`` float32, px of ``frames``.
-        labels: optional ``(T, h, w)`` uint8.
-    """
-
-    frames: Tensor
-    window: Rect
-    times: Sequence[float]
-    index: int
-    key: Tensor
-    flow: Tensor | None = None
-    labels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """The clips of one opened video, and what was tried before it; without clips when all tries failed."""
-
-    items: tuple[Item, ...]
-    skipped: tuple[Skip, ...] = ()
-
-
-@dataclass(frozen=True)
-class Exhausted:
-    """What a worker hands over instead of a batch when one request after the other failed."""
-
-    skipped: tuple[Skip, ...]
 
 
 class ClipDataset(Dataset[Group]):
@@ -99,6 +64,9 @@ class ClipDataset(Dataset[Group]):
             the window's size; the exact flow is then that shift. 0 or None keeps one window.
         flow: estimates flow in the worker, on the stored pixels.
         exact: take flow and labels from sources that know them (an estimator's flow comes first).
+        pixels: ``yuv`` hands over the planes of a video as they are stored, half the bytes of ``rgb``. A clip
+            is RGB all the same where its frames have no such planes or are turned, where it is averaged
+            (``antialias``), where its windows differ, and where ``flow`` needs to see it.
     """
 
     def __init__(
@@ -114,11 +82,13 @@ class ClipDataset(Dataset[Group]):
         jitter: float | None = None,
         flow: PixelFlow | None = None,
         exact: bool = True,
+        pixels: Literal["rgb", "yuv"] = "rgb",
     ) -> None:
         self.source, self.entries, self.order = source, entries, order
         self.sampler, self.rule, self.seed, self.repeats = sampler, rule, seed, repeats
-        self.jitter, self.flow, self.exact = jitter, flow, exact
-        self._readers = _OpenReaders()
+        self.jitter, self.flow, self.exact, self.pixels = jitter, flow, exact, pixels
+        films = len({entry.path for entry in entries})
+        self._readers = _OpenReaders(films if films <= _FEW_FILMS else _OPEN_READERS)
 
     def __len__(self) -> int:
         """Positions in an epoch, of all ranks together."""
@@ -153,9 +123,8 @@ class ClipDataset(Dataset[Group]):
             self._plan(entry, index, key, times[i * count : (i + 1) * count])
             for i, (index, key) in enumerate(zip(indices, keys, strict=True))
         ]
-        # all frames of all clips in the order of time: each stretch of the video is decoded once
-        for time, i, j in sorted((t, i, j) for i, plan in enumerate(plans) for j, t in enumerate(plan.times)):
-            plans[i].take(j, *_read(reader, time, plans[i].windows[j], entry))
+        seen = self.flow is not None and not isinstance(self.flow, CachedFlow)
+        _fill(reader, plans, entry, planes=self.pixels == "yuv" and not seen)
         return tuple(self._item(reader, entry, plan) for plan in plans)
 
     def _plan(self, entry: Entry, index: int, key: Tensor, times: list[float]) -> _Plan:
@@ -173,91 +142,80 @@ class ClipDataset(Dataset[Group]):
         elif isinstance(self.flow, CachedFlow):
             flow = _cached_flow(self.flow, reader, plan, entry)
         elif self.flow is not None:
-            flow = torch.from_numpy(np.asarray(self.flow.pixels(*plan.pixels), np.float32))
+            flow = torch.from_numpy(np.asarray(self.flow.pixels(*plan.frames), np.float32))
         elif exact is not None and len(plan.times) == 2:
             flow = _exact_flow(exact, plan.times, plan.windows[0], entry)
         labels = None if exact is None else _exact_labels(exact, plan, entry)
-        frames = torch.from_numpy(np.ascontiguousarray(np.stack(plan.pixels).transpose(0, 3, 1, 2)))
-        return Item(frames, plan.windows[0].stored, plan.actual, plan.index, plan.key, flow, labels)
+        yuv = None if plan.matrix is None else torch.from_numpy(plan.matrix)
+        frames = plan.frames if yuv is not None else plan.frames.transpose(0, 3, 1, 2)
+        window = plan.windows[0].stored
+        return Item(torch.from_numpy(frames), window, plan.actual, plan.index, plan.key, flow, labels, yuv)
 
 
 class _Plan:
-    """One clip that is being read: what was drawn for it, and the frames so far."""
+    """One clip that is being read: what was drawn for it, and what was read."""
 
     def __init__(self, index: int, key: Tensor, times: list[float], windows: list[Window]) -> None:
         self.index, self.key, self.times, self.windows = index, key, times, windows
-        self.pixels: list[np.ndarray] = [np.empty(0, np.uint8)] * len(times)
-        self.actual = [0.0] * len(times)
+        self.frames: np.ndarray = np.empty((0, 0, 0), np.uint8)
+        self.actual: list[float] = []
+        self.matrix: np.ndarray | None = None
 
-    def take(self, number: int, pixels: np.ndarray, time: float) -> None:
-        self.pixels[number], self.actual[number] = pixels, time
+    @property
+    def size(self) -> Size:
+        """Height and width of the stored pixels."""
+        rows, width = int(self.frames.shape[1]), int(self.frames.shape[2])
+        return (rows, width) if self.matrix is None else planes_size((rows, width))
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether all frames are one window of unchanged pixels, so that planes can stand for them."""
+        return self.windows[0].factor == (1, 1) and len(set(self.windows)) == 1
 
-def collate(groups: Sequence[Group], size: Size) -> Clip | Exhausted:
-    """A batch: the clips of all groups one after the other, padded at the right and bottom to the largest.
+    def boxes(self, entry: Entry) -> list[Box]:
+        """What must be read for every frame."""
+        return [inside_frame(window.outer, entry.width, entry.height)[0] for window in self.windows]
 
-    Padding repeats the border, so that sampling at a frame's border reads what clamping would.
-
-    Args:
-        groups: of one batch.
-        size: height and width of the training crop, px.
-    """
-    skipped = tuple(skip for group in groups for skip in group.skipped)
-    if any(not group.items for group in groups):
-        return Exhausted(skipped)
-    items = [item for group in groups for item in group.items]
-    height = max(item.frames.shape[-2] for item in items)
-    width = max(item.frames.shape[-1] for item in items)
-    whole = torch.tensor([2.0 / width, 2.0 / height] * 2, dtype=torch.float64)
-    boxes = torch.tensor([item.window for item in items], dtype=torch.float64) * whole - 1.0
-    flow, labels = [item.flow for item in items], [item.labels for item in items]
-    return Clip(
-        frames=torch.stack([_padded(item.frames, height, width) for item in items]),
-        window=Affine(Affine.box(boxes).matrix.float()),
-        size=size,
-        times=torch.tensor([list(item.times) for item in items], dtype=torch.float64),
-        index=torch.tensor([item.index for item in items], dtype=torch.int64),
-        key=torch.stack([item.key for item in items]),
-        flow=_stacked(flow, (2, 2, height, width), torch.nan, torch.float32),
-        present=_present(flow),
-        labels=_stacked(labels, (len(items[0].times), height, width), IGNORE, torch.uint8),
-        skipped=skipped,
-    )
+    def take(self, pieces: Sequence[Piece], entry: Entry) -> None:
+        """Keep what was read: the frames as ``(T, h, w, 3)`` RGB, or as planes ``(T, h·3/2, w)``."""
+        self.actual, self.matrix = [piece.time for piece in pieces], pieces[0].matrix
+        if self.matrix is None:
+            overs = [inside_frame(window.outer, entry.width, entry.height)[1] for window in self.windows]
+            read = [extend(piece.pixels[None], over) for piece, over in zip(pieces, overs, strict=True)]
+            self.frames = reduced(np.concatenate(read), self.windows[0].factor)
+        else:
+            self.frames = np.stack([piece.pixels for piece in pieces])
+            self.windows = [replace(window, outer=pieces[0].box) for window in self.windows]
 
 
-def _stacked(
-    rows: Sequence[Tensor | None], shape: tuple[int, ...], missing: float, dtype: torch.dtype
-) -> Tensor | None:
-    if all(row is None for row in rows):
-        return None
-    fill = torch.full(shape, missing, dtype=dtype)
-    return torch.stack([fill if row is None else _padded(row, *shape[-2:]) for row in rows])
+def _fill(reader: Reader, plans: Sequence[_Plan], entry: Entry, planes: bool) -> None:
+    """Read all frames of all clips in one go: each stretch of the video is decoded once."""
+    times = [time for plan in plans for time in plan.times]
+    boxes = [box for plan in plans for box in plan.boxes(entry)]
+    found = _pieces(reader, times, boxes, planes and all(plan.is_raw for plan in plans))
+    if not _is_uniform(found):  # rare: a stream whose colours change on the way
+        found = _pieces(reader, times, boxes, False)
+    for plan in plans:
+        plan.take(found[: len(plan.times)], entry)
+        found = found[len(plan.times) :]
 
 
-def _present(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """Which directions of which clips have flow, ``(B, 2)`` bool: a sum is finite if its terms are."""
-    if all(row is None for row in rows):
-        return None
-    missing = torch.zeros(2, dtype=torch.bool)
-    return torch.stack([missing if row is None else row.sum((1, 2, 3)).isfinite() for row in rows])
+def _pieces(reader: Reader, times: Sequence[float], boxes: Sequence[Box], planes: bool) -> list[Piece]:
+    if isinstance(reader, PieceReader):
+        return reader.pieces(times, boxes, planes)
+    found = {}
+    for i in sorted(range(len(times)), key=times.__getitem__):
+        pixels, actual = reader.read([times[i]], boxes[i])
+        found[i] = Piece(pixels[0], float(actual[0]), boxes[i])
+    return [found[i] for i in range(len(times))]
 
 
-def _padded(x: Tensor, height: int, width: int) -> Tensor:
-    """``(A, B, h, w)`` or ``(A, h, w)`` padded at the right and bottom by repeating the border."""
-    right, bottom = width - x.shape[-1], height - x.shape[-2]
-    if not (right or bottom):
-        return x
-    if x.dtype == torch.uint8:  # no replication kernel for bytes
-        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], right)], dim=-1)
-        return torch.cat([x, x[..., -1:, :].expand(*x.shape[:-2], bottom, width)], dim=-2)
-    return F.pad(x, (0, right, 0, bottom), mode="replicate")
-
-
-def _read(reader: Reader, time: float, window: Window, entry: Entry) -> tuple[np.ndarray, float]:
-    """Stored pixels ``(h, w, 3)`` of a window, and the frame's own time."""
-    box, over = inside_frame(window.outer, entry.width, entry.height)
-    pixels, actual = reader.read([time], box)
-    return reduced(extend(pixels, over), window.factor)[0], float(actual[0])
+def _is_uniform(pieces: Sequence[Piece]) -> bool:
+    """Whether all are RGB, or all are planes of the same colours."""
+    first = pieces[0].matrix
+    if first is None:
+        return all(piece.matrix is None for piece in pieces)
+    return all(piece.matrix is not None and np.array_equal(piece.matrix, first) for piece in pieces)
 
 
 def _is_still(times: Sequence[float]) -> bool:
@@ -269,7 +227,7 @@ def _shift_flow(plan: _Plan) -> Tensor:
     """The motion of one frame seen through two windows: their shift, in stored pixels, everywhere."""
     first, second = plan.windows
     dx, dy = ((a - b) / f for a, b, f in zip(first.outer[:2], second.outer[:2], first.factor, strict=True))
-    return torch.tensor([[dx, dy], [-dx, -dy]])[:, :, None, None].repeat(1, 1, *plan.pixels[0].shape[:2])
+    return torch.tensor([[dx, dy], [-dx, -dy]])[:, :, None, None].repeat(1, 1, *plan.size)
 
 
 def _exact_flow(reader: ExactReader, times: Sequence[float], window: Window, entry: Entry) -> Tensor:
@@ -322,7 +280,8 @@ def _skip(entry: Entry, error: Exception) -> Skip:
 class _OpenReaders:
     """A few readers kept open, per process: a forked worker must not share its parent's file positions."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most
         self._kept: OrderedDict[str, Reader] = OrderedDict()
         self._process = os.getpid()
 
@@ -332,7 +291,7 @@ class _OpenReaders:
         if entry.path not in self._kept:
             self._kept[entry.path] = source.open(entry)
         self._kept.move_to_end(entry.path)
-        while len(self._kept) > _OPEN_READERS:
+        while len(self._kept) > self.most:
             self._kept.popitem(last=False)[1].close()
         return self._kept[entry.path]
 
@@ -342,5 +301,5 @@ class _OpenReaders:
         if reader is not None:
             reader.close()
 
-    def __reduce__(self) -> tuple[type[_OpenReaders], tuple[()]]:
-        return _OpenReaders, ()
+    def __reduce__(self) -> tuple[type[_OpenReaders], tuple[int]]:
+        return _OpenReaders, (self.most,)

@@ -7,21 +7,21 @@ decode of the whole file, or a :class:`DecodeError` with a stable reason (the ta
 
 from __future__ import annotations
 
-import math
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
 import av
 import numpy as np
 
+from poodle_lightning.data.decoding import Decoding
 from poodle_lightning.data.info import DecodeError, VideoInfo, check_file, fingerprint, starts_as_video
-from poodle_lightning.data.pixels import Box, one_box_each, rgb, rotation_of
+from poodle_lightning.data.pixels import Box, Piece, one_box_each, piece, rgb, rotation_of
+from poodle_lightning.data.timeline import KeyFrames, check_times, timeline
 
 __all__ = ["MAX_PIXELS", "Box", "DecodeError", "VideoInfo", "VideoReader", "probe"]
 
@@ -31,11 +31,17 @@ MAX_PIXELS = 2**25
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,mxf,ivf,nut,gif,dv,wtv,rm"
 _COVER_ART = av.stream.Disposition.attached_pic
 _TIMEOUT = 30.0
+# Files whose header may make it needless to decode a frame while opening, and the options that leave it out.
+_BRIEF = {".mp4", ".m4v", ".mov"}
+_NO_PROBING = {"skip_frame": "all", "probesize": "65536"}
+_REORDERED_WITHIN = 24
 # Where a container has no index, running on this far is preferred to a blind jump.
 _BLIND_SECONDS = 10.0
 _RETREATS = 6
 # Containers that guess most timestamps from those before: after a jump the guesses differ.
 _NO_JUMPS = {"mpeg"}
+# Containers whose timestamps are partly guessed: only the order in which frames come out shows a wrong one.
+_GUESSED = _NO_JUMPS | {"avi"}
 
 
 def probe(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> VideoInfo:
@@ -118,21 +124,60 @@ class VideoReader:
             DecodeError: a frame is damaged, missing or of another size.
             ValueError: no time, a negative time, a box that is empty or outside, boxes of different sizes.
         """
-        if not len(times) or not all(math.isfinite(t) and t >= 0 for t in times):
-            raise ValueError(f"times must be finite numbers ≥ 0, and at least one, not {list(times)}")
+        check_times(times)
         boxes = one_box_each(box, len(times))
         pixels: dict[int, np.ndarray] = {}
         actual = np.empty(len(times), np.float64)
         with self._guarded():
-            for i in sorted(range(len(times)), key=times.__getitem__):
-                frame = self._at(self._origin + round(Fraction(float(times[i])) / self._clock))
+            for i, frame in self._frames(times, keep=True):
                 actual[i] = self._seconds(frame.pts)
                 pixels[i] = rgb(frame, boxes[i], rotation_of(frame))
         return np.stack([pixels[i] for i in range(len(times))]), actual
 
+    def pieces(self, times: Sequence[float], boxes: Sequence[Box], planes: bool = False) -> list[Piece]:
+        """Frames at the given times, for those who next ask for another part of the video.
+
+        The same frames as ``read`` gives. Nothing is decoded beyond the last of them, so that reading on
+        from here starts again at a key frame (but for films of few key frames).
+
+        Args:
+            times: T seconds ≥ 0 from the start of the stream, in any order.
+            boxes: one per time, of any sizes; see ``read``.
+            planes: hand over YUV 4:2:0 where the frame is stored so and upright, else RGB; see ``Piece``.
+
+        Raises:
+            DecodeError: a frame is damaged, missing or of another size.
+            ValueError: no time, a negative time, a box that is empty or outside.
+        """
+        check_times(times)
+        found: dict[int, Piece] = {}
+        with self._guarded():
+            for i, frame in self._frames(times, keep=False):
+                at = self._seconds(frame.pts)
+                found[i] = piece(frame, boxes[i], rotation_of(frame), at, planes)
+        return [found[i] for i in range(len(times))]
+
     # -- opening
 
     def _open(self) -> None:
+        """Open the file and pick its stream.
+
+        FFmpeg decodes a frame to learn about a stream, which costs 20 times the rest of opening; here only
+        where the header says too little.
+        """
+        brief = Path(self.path).suffix.lower() in _BRIEF
+        self._open_container(_NO_PROBING if brief else {})
+        if brief and not self._header_tells_all():
+            self._open_container({})
+        context = self._stream.codec_context
+        # "explode": damage inside a packet is an error, not a frame patched from its neighbours.
+        context.options = {"max_pixels": str(self._max_pixels), "err_detect": "explode"}
+        context.thread_type = "SLICE" if self._threads > 1 else "NONE"
+        context.thread_count = self._threads
+        base = self._stream.time_base  # av's own kind of rational from release 19 on
+        self._clock = Fraction(int(base.numerator), int(base.denominator))
+
+    def _open_container(self, probing: dict[str, str]) -> None:
         if self._container is not None:
             self._container.close()
         limits = {
@@ -141,8 +186,9 @@ class VideoReader:
             "max_pixels": str(self._max_pixels),  # reaches the probing of the streams, not the decoder
         }
         name = "file:" + os.path.abspath(self.path)
+        options = limits | probing
         try:
-            self._container = av.open(name, options=limits, timeout=_TIMEOUT, metadata_errors="replace")
+            self._container = av.open(name, options=options, timeout=_TIMEOUT, metadata_errors="replace")
         except UnicodeEncodeError as error:
             raise DecodeError("unreadable", f"the file name is not valid text ({error.reason})") from error
         except (av.error.FFmpegError, EOFError) as error:
@@ -153,13 +199,21 @@ class VideoReader:
         except DecodeError:
             self.close()
             raise
+
+    def _header_tells_all(self) -> bool:
+        """Whether the decoder knows from the header how far frames are out of order, as it would by decoding.
+
+        MP4 and MOV tell it of H.264. A depth of nothing may also mean that nothing is known.
+        """
         context = self._stream.codec_context
-        # "explode": damage inside a packet is an error, not a frame patched from its neighbours.
-        context.options = {"max_pixels": str(self._max_pixels), "err_detect": "explode"}
-        context.thread_type = "SLICE" if self._threads > 1 else "NONE"
-        context.thread_count = self._threads
-        base = self._stream.time_base  # av's own kind of rational from release 19 on
-        self._clock = Fraction(int(base.numerator), int(base.denominator))
+        if context.name != "h264" or not self._container.format.name.startswith("mov") or 0 in self._size:
+            return False
+        if context.reorder_depth > 0:
+            return True
+        with self._guarded():
+            first = islice(self._container.demux(self._stream), _REORDERED_WITHIN)
+            stamps = [packet.pts for packet in first if packet.size]
+        return None not in stamps and stamps == sorted(stamps)
 
     def _pick_stream(self) -> Any:
         videos = [s for s in self._container.streams.video if not s.disposition & _COVER_ART]
@@ -185,53 +239,77 @@ class VideoReader:
 
     def _reset(self) -> None:
         """Forget the position: the next frame is found by a seek."""
-        self._packets: Iterator[Any] = iter(())
-        self._ready: deque[Any] = deque()
-        self._due: dict[int, int] = {}  # timestamp → when it was sent
-        self._sent = 0
-        self._latest: int | None = None
+        self._run: Decoding | None = None
         self._served: tuple[int, Any] | None = None
-        self._damaged = False
 
     def _seconds(self, pts: int) -> float:
         return float((pts - self._origin) * self._clock)
 
     # -- finding a frame
 
-    def _at(self, tick: int) -> Any:
-        """The first frame with ``pts >= tick``, in the stream's clock."""
+    def _frames(self, times: Sequence[float], keep: bool) -> Iterator[tuple[int, Any]]:
+        """The number of every time and its frame, in order of time."""
+        order = sorted(range(len(times)), key=times.__getitem__)
+        ticks = [self._origin + round(Fraction(float(times[i])) / self._clock) for i in order]
+        keep = keep or KeyFrames(self._stream.index_entries, self._origin).are_few(ticks[-1])
+        for number, i in enumerate(order):
+            yield i, self._at(ticks[number:], keep)
+
+    def _at(self, ticks: Sequence[int], keep: bool = True) -> Any:
+        """The first frame with ``pts >= ticks[0]``, in the stream's clock.
+
+        Args:
+            ticks: what is asked for now, and after it, increasing.
+            keep: what follows the last tick is wanted too. Else the decoder is emptied as soon as it holds
+                the frame, which saves decoding what else it would wait for.
+        """
         if self._container is None:
             raise ValueError("the reader is closed")
+        tick = ticks[0]
         if self._served is not None and self._served[0] <= tick <= self._served[1].pts:
             return self._served[1]
-        if self._worth_seeking(tick):
-            self._seek(tick)
+        run = self._run
+        if run is None or run.latest is None or tick <= run.latest or self._key_between(run.latest, tick):
+            run = self._seek(tick)
+        run.expect(ticks, keep)
         while True:
-            while self._ready:
-                frame = self._ready.popleft()
-                later = self._built_on(frame)
-                if self._accept(frame, tick):
-                    self._check_later(frame, later, tick)
+            while run.ready:
+                frame = run.ready.popleft()
+                if run.emptied and frame.interlaced_frame:
+                    break  # perhaps one field of two
+                later = run.built_on(frame)
+                if run.accept(frame, tick):
+                    if later and self._is_enough(run, ticks, keep):
+                        run.empty()
+                    run.check_later(frame, later)
+                    if run.emptied or (not keep and ticks[-1] <= frame.pts):
+                        self._reset()  # of what comes next, some was left out
                     self._served = (tick, frame)
                     return frame
-            if not self._decode_next(tick):
+            if run.emptied:
+                self._reset()
+                return self._at(ticks[:1])
+            if self._is_enough(run, ticks, keep):
+                run.empty()
+            elif not run.send():
                 raise DecodeError("past_end", "the video ends before", self._seconds(tick))
 
-    def _worth_seeking(self, tick: int) -> bool:
-        """Whether to jump: backwards, or when a key frame lies between here and there."""
-        if self._latest is None or tick <= self._latest:
-            return True
+    def _key_between(self, here: int, tick: int) -> bool:
+        """Whether to jump from one to the other: where a key frame lies between them."""
         if self._container.format.name in _NO_JUMPS:
             return False
-        index = self._stream.index_entries
-        if len(index) < 2:
-            return (tick - self._latest) * self._clock > _BLIND_SECONDS
-        # The index holds decoding times, which lag behind by the depth of the B-frames.
-        lag = self._origin - index[0].timestamp
-        entry = index.search_timestamp(tick - lag, backward=True)
-        return bool(entry >= 0 and index[entry].timestamp + lag > self._latest)
+        keys = KeyFrames(self._stream.index_entries, self._origin)
+        return keys.between(here, tick, int(_BLIND_SECONDS / self._clock))
 
-    def _seek(self, tick: int) -> None:
+    def _is_enough(self, run: Decoding, ticks: Sequence[int], keep: bool) -> bool:
+        """Whether the decoder was sent the frame at ``ticks[0]``, and a jump is next."""
+        found = None if run.emptied or (keep and len(ticks) == 1) else run.holds(ticks[0])
+        if found is None:
+            return False
+        after = next((tick for tick in ticks if tick > found), None)
+        return not keep if after is None else self._key_between(found, after)
+
+    def _seek(self, tick: int) -> Decoding:
         """Go to a key frame that is not after ``tick``, further back each time, in the end to the start."""
         aim: int | None = None if self._container.format.name in _NO_JUMPS else tick
         for attempt in range(_RETREATS + 1):
@@ -243,8 +321,10 @@ class VideoReader:
             packets = self._container.demux(self._stream)
             key = next((p for p in packets if p.is_keyframe and p.pts is not None), None)
             if key is not None and (aim is None or key.pts <= tick):
-                self._packets = chain((key,), packets)
-                return
+                guessed = self._container.format.name in _GUESSED
+                context, all_packets = self._stream.codec_context, chain((key,), packets)
+                self._run = Decoding(context, all_packets, self._size[::-1], self._seconds, guessed)
+                return self._run
             if aim is None:
                 break
             back = tick - int(2**attempt / self._clock)
@@ -254,84 +334,28 @@ class VideoReader:
             aim = back if back > self._origin and attempt + 1 < _RETREATS else None
         raise DecodeError("corrupt", "no key frame to start from", self._seconds(tick))
 
-    def _decode_next(self, tick: int) -> bool:
-        """Send one packet; False at the end of the file."""
-        packet = next(self._packets, None)
-        if packet is None:
-            return False
-        if packet.is_corrupt:
-            raise DecodeError("truncated", "a packet is incomplete", self._place())
-        context = self._stream.codec_context
-        wanted = packet.pts is None or packet.pts >= tick
-        # Frames that nothing is built on need not be decoded before the one that is asked for.
-        context.skip_frame = "DEFAULT" if wanted else "NONREF"
-        if packet.pts is not None and wanted and not packet.is_discard:
-            self._due[packet.pts] = self._sent
-        self._sent += 1
-        self._ready.extend(packet.decode())
-        return True
-
-    def _accept(self, frame: Any, tick: int) -> bool:
-        """Whether this frame, the next in order of time, is the answer."""
-        if frame.pts is None or (self._latest is not None and frame.pts <= self._latest):
-            raise DecodeError("bad_timestamps", "frames without increasing timestamps", self._place())
-        if frame.key_frame:
-            self._damaged = False
-        self._damaged = self._damaged or frame.is_corrupt
-        self._due.pop(frame.pts, None)
-        self._latest = frame.pts
-        if frame.pts < tick:
-            return False
-        lost = [pts for pts in self._due if tick <= pts < frame.pts]
-        if lost and not frame.interlaced_frame:  # a field may have a packet and a time of its own
-            raise DecodeError("corrupt", "a frame could not be decoded", self._seconds(min(lost)))
-        if self._damaged:
-            raise DecodeError(
-                "corrupt", "the frame, or one it is built on, is damaged", self._seconds(frame.pts)
-            )
-        if (frame.width, frame.height) != self._size:
-            detail = f"{frame.width}×{frame.height} instead of {self._size[0]}×{self._size[1]} pixels"
-            raise DecodeError("size_changed", detail, self._seconds(frame.pts))
-        return True
-
-    def _built_on(self, frame: Any) -> set[int]:
-        """Timestamps of later frames that were decoded before this one: it may refer to them."""
-        sent = self._due.get(frame.pts, -1)
-        return {pts for pts, when in self._due.items() if pts > frame.pts and when < sent}
-
-    def _check_later(self, frame: Any, later: set[int], tick: int) -> None:
-        """Read on until those frames are out: only then it is known whether they are damaged."""
-        while later - {f.pts for f in self._ready} and self._decode_next(tick):
-            pass
-        found = [f for f in self._ready if f.pts in later]
-        if len(found) < len(later) or any(f.is_corrupt for f in found):
-            raise DecodeError("corrupt", "a frame it is built on is damaged", self._seconds(frame.pts))
-
-    def _place(self) -> float | None:
-        return None if self._latest is None else self._seconds(self._latest)
-
     @contextmanager
     def _guarded(self) -> Iterator[None]:
         """Turn FFmpeg's errors into ours; after any error the position is unknown."""
         try:
             yield
-        except DecodeError:
-            self._reset()
-            raise
         except (av.error.FFmpegError, EOFError) as error:
-            place = self._place()
+            place = None if self._run is None else self._run.place
             self._reset()
             raise _reading_error(error, place) from error
+        except BaseException:
+            self._reset()
+            raise
 
     # -- measuring
 
     def _measure(self) -> VideoInfo:
-        frame = self._at(self._origin)
+        frame = self._at([self._origin])
         rotation = rotation_of(frame)
         width, height = self._size if rotation % 180 == 0 else self._size[::-1]
         rgb(frame, (0, 0, 1, 1), 0)  # a pixel format that cannot be converted shows here
         first, rate = int(frame.pts), self._stream.average_rate
-        count, keys, last = self._timeline()
+        count, keys, last = timeline(self._stream, self._bytes, self._packets_from)
         span, duration = (last - first) * self._clock, self._seconds(last)
         interval = float((keys[-1] - keys[0]) * self._clock) / (len(keys) - 1) if len(keys) > 1 else duration
         return VideoInfo(
@@ -347,38 +371,14 @@ class VideoReader:
             fingerprint=fingerprint(self.path),
         )
 
-    def _timeline(self) -> tuple[int, list[int], int]:
-        """Number of frames, timestamps of the key frames, timestamp of the last frame.
-
-        A complete index (MP4, MOV) tells all but the last without reading the file, and whether its end is
-        there. Any other container is read through.
-        """
-        index = list(self._stream.index_entries)
-        keys = [entry.timestamp for entry in index if entry.is_keyframe]
-        if keys and len(index) == self._stream.frames:
-            if max(entry.pos + entry.size for entry in index) > self._bytes:
-                raise DecodeError("truncated", "the index points past the end of the file")
-            self._reset()
-            self._container.seek(keys[-1], stream=self._stream, backward=True)
-            last = max((pts for pts, _ in self._stamps()), default=None)
-            count = sum(not entry.is_discard for entry in index)
-        else:
+    def _packets_from(self, key: int | None) -> Iterator[Any]:
+        """All packets from the key frame at a timestamp on, or from the start."""
+        if key is None:
             self._open()
-            stamps = list(self._stamps())
-            keys = sorted(pts for pts, is_key in stamps if is_key)
-            last = max((pts for pts, _ in stamps), default=None)
-            count = len(stamps)
-        if last is None:
-            raise DecodeError("bad_timestamps", "the stream has no timestamps")
-        return count, keys, last
-
-    def _stamps(self) -> Iterator[tuple[int, bool]]:
-        """Timestamp of every shown frame from here to the end, and whether it is a key frame."""
-        for packet in self._container.demux(self._stream):
-            if packet.is_corrupt:
-                raise DecodeError("truncated", "a packet is incomplete")
-            if packet.pts is not None and not packet.is_discard:
-                yield int(packet.pts), bool(packet.is_keyframe)
+        else:
+            self._reset()
+            self._container.seek(key, stream=self._stream, backward=True)
+        return iter(self._container.demux(self._stream))
 
 
 def _opening_error(error: Exception, path: str) -> DecodeError:

@@ -79,6 +79,12 @@ class VideoInfo:
     rotation: int
     fingerprint: str
 
+    @property
+    def gop(self) -> float:
+        """Mean number of frames from key frame to key frame; all frames if there is only one."""
+        alone = self.keyframe_interval >= self.duration
+        return float(self.frames) if alone else self.keyframe_interval * self.fps
+
 
 def check_file(path: str) -> int:
     """Size in bytes of a file that can be opened and read.

@@ -44,8 +44,10 @@ class PairSampler:
 
     Several pairs from one opened video (repeated sampling) are drawn independently, each anywhere in it, as
     PooDLe's are. With ``spread`` they share the decoded stretch instead: they begin at equal steps within so
-    many seconds of the first pair's, so that further pairs cost little beyond their pixels, and
-    resemble each other.
+    many seconds of the first pair's, so that further pairs cost little beyond their pixels. This changes the
+    sampling: each pair alone is still drawn from all of the video, with gap and window of its own, but the
+    pairs of one video are correlated. A batch shows fewer moments, and its gradient varies as that of a
+    smaller batch would; the less the scene changes within ``spread``, the more so.
 
     Args:
         gap: shortest and longest time between the two frames, seconds. PooDLe on BDD100K: 15 to 30 frames at

@@ -24,7 +24,7 @@ import numpy as np
 from poodle_lightning.data.decode import VideoReader
 from poodle_lightning.data.index import build_index
 from poodle_lightning.data.info import DecodeError, VideoInfo, fingerprint
-from poodle_lightning.data.pixels import Box
+from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.types import Skip, UserError
 
 CITIES = (
@@ -72,6 +72,15 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Give files back."""
+        ...
+
+
+@runtime_checkable
+class PieceReader(Protocol):
+    """A reader that is told at once all that is wanted of its video, and may hand over planes."""
+
+    def pieces(self, times: Sequence[float], boxes: Sequence[Box], planes: bool = False) -> list[Piece]:
+        """One box of the frame at every time; see ``VideoReader.pieces``."""
         ...
 
 

@@ -12,8 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from poodle_lightning.data.batches import Exhausted, collate
 from poodle_lightning.data.cached_flow import FixedPairs
-from poodle_lightning.data.clips import ClipDataset, Exhausted, PixelFlow, collate
+from poodle_lightning.data.clips import ClipDataset, PixelFlow
 from poodle_lightning.data.frames import FramesSource
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
@@ -51,8 +52,9 @@ class VideoDataModule(L.LightningDataModule):
         size: height and width of the training crop, px.
         gap: shortest and longest time between the frames of a pair, s. ``(0, 0)`` is one frame seen twice.
         pairs_per_video: pairs from one opened video; they stand one after the other in the batch.
-        spread: seconds within which those pairs begin, which saves decoding; None (the papers') draws each
-            anywhere in the video.
+        spread: seconds within which those pairs begin. They share one decoded stretch, which saves most of
+            the decoding, but are correlated: a batch holds fewer different scenes. None (the papers': the
+            published code draws independent pairs) draws each anywhere in the video.
         jitter: for a gap of 0: how far the second window lies from the first, as a share of its size.
         sampler: draws the moments instead of ``gap`` and ``pairs_per_video``.
         clip_seconds: cut longer videos into stretches of this length, each of which counts as a video
@@ -70,6 +72,10 @@ class VideoDataModule(L.LightningDataModule):
         repeats: how often an epoch takes each video (PooDLe on Venice: 75).
         flow: an estimator that runs in the workers, e.g. ``poodle_lightning.flow.dis.DIS``.
         exact: take flow and labels from sources that know them.
+        pixels: ``yuv`` sends the planes of 8-bit 4:2:0 videos to the device as they are stored, half the
+            bytes of ``rgb``; ``Clip.unit`` makes them RGB there, within a level of ``rgb``. What has no such
+            planes (other formats, rotated films, image folders, generated streets), what is averaged by
+            ``antialias`` and what ``flow`` must see in the worker comes as RGB, and so does its whole batch.
         max_skip_fraction: the largest share of training requests that may fail; see ``data.skips``.
 
     Raises:
@@ -105,6 +111,7 @@ class VideoDataModule(L.LightningDataModule):
         repeats: int = 1,
         flow: PixelFlow | None = None,
         exact: bool = True,
+        pixels: Literal["rgb", "yuv"] = "rgb",
         max_skip_fraction: float = 0.01,
     ) -> None:
         super().__init__()
@@ -116,7 +123,7 @@ class VideoDataModule(L.LightningDataModule):
         self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video, spread)
         self.clip_seconds, self.batch_size, self.num_workers = clip_seconds, batch_size, num_workers
         self.seed, self.val_fraction, self.repeats = seed or 0, val_fraction, repeats
-        self.flow, self.exact = flow, exact
+        self.flow, self.exact, self.pixels = flow, exact, pixels
         self.ledger = Ledger(max_skip_fraction)
         self.source: Source | None = None
         self.train_entries: list[Entry] = []
@@ -207,6 +214,7 @@ class VideoDataModule(L.LightningDataModule):
             jitter=getattr(self.sampler, "jitter", None),
             flow=self.flow,
             exact=self.exact,
+            pixels=self.pixels,
         )
         return ClipLoader(
             data,
@@ -306,6 +314,8 @@ class VideoDataModule(L.LightningDataModule):
             raise UserError(
                 f"batch_size {self.batch_size} must be a multiple of pairs_per_video {self.clips_per_video}"
             )
+        if self.pixels not in ("rgb", "yuv"):
+            raise UserError(f"pixels {self.pixels!r}: choose rgb or yuv")
         if not 0 <= self.val_fraction < 1:
             raise UserError(
                 f"val_fraction {self.val_fraction}: give a share of the videos, from 0 to below 1"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from poodle_lightning.data.clips import ClipDataset, Exhausted, collate
+from poodle_lightning.data.batches import Exhausted, collate
+from poodle_lightning.data.clips import ClipDataset
 from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.order import Order
 from poodle_lightning.data.sampling import ClipSampler, PairSampler
@@ -279,3 +281,32 @@ def test_a_forked_worker_opens_its_own_readers():
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(read, 1) == bytes([2])
+
+
+@pytest.mark.parametrize(("videos", "most"), [(10, 10), (40, 4)])
+def test_few_films_stay_open_and_many_do_not(videos, most):
+    """The closed ones are those that were not asked for the longest."""
+
+    class Closing(Analytic):
+        def __init__(self):
+            super().__init__(ramp(), videos=videos)
+            self.open_now, self.closed = 0, 0
+
+        def open(self, entry):
+            self.open_now += 1
+            assert self.open_now <= most + 1
+            return super().open(entry)
+
+        def close(self):
+            self.open_now -= 1
+            self.closed += 1
+
+    source = Closing()
+    data = dataset(source, WindowRule((12, 20), area=(0.1, 0.5)))
+    for _ in range(2):
+        for position in range(videos):
+            data[(0, position)]
+    assert source.open_now == most
+    assert source.opened == (videos if videos == most else 2 * videos)
+    again = pickle.loads(pickle.dumps(data._readers))
+    assert again.most == most

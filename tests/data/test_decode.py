@@ -12,6 +12,7 @@ import pytest
 from films import FPS, H, N, W, film, remux, sequential
 
 from poodle_lightning.data.decode import DecodeError, VideoReader, probe
+from poodle_lightning.data.decoding import Decoding
 from poodle_lightning.data.encode import write_video
 
 
@@ -48,7 +49,7 @@ CODINGS = {
     "matroska": ("a.mkv", {"gop": 12}),
     "transport stream": ("a.ts", {"gop": 12}),
     "transport stream, one key frame": ("a.ts", {"gop": 600}),
-    "program stream": ("a.mpg", {"codec": "mpeg2video", "gop": 12}),
+    "program stream": ("a.mpg", {"codec": "mpeg2video", "gop": 15}),  # of 12, FFmpeg guesses a time twice
     "avi": ("a.avi", {"codec": "mpeg4"}),
     "hevc": ("a.mp4", {"codec": "libx265", "gop": 20}),
     "vp9": ("a.webm", {"codec": "libvpx-vp9", "gop": 20}),
@@ -257,7 +258,7 @@ def test_max_pixels_is_the_last_size_allowed(good):
 def _count_seeks(reader, monkeypatch):
     seeks = []
     seek = reader._seek
-    monkeypatch.setattr(reader, "_seek", lambda tick: (seeks.append(tick), seek(tick)))
+    monkeypatch.setattr(reader, "_seek", lambda tick: (seeks.append(tick), seek(tick))[1])
     return seeks
 
 
@@ -276,9 +277,9 @@ def test_frames_that_nothing_refers_to_are_skipped_before_the_wanted_one(tmp_pat
     write_video(path, film(), FPS, gop=60, b_frames=3)
     with VideoReader(path) as reader:
         shown = []
-        accept = reader._accept
+        accept = Decoding.accept
         monkeypatch.setattr(
-            reader, "_accept", lambda frame, tick: (shown.append(frame.pts), accept(frame, tick))[1]
+            Decoding, "accept", lambda run, f, tick: (shown.append(f.pts), accept(run, f, tick))[1]
         )
         reader.read([50 / FPS])
     assert len(shown) < 40  # of 51

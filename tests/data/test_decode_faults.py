@@ -9,6 +9,7 @@ import pytest
 from films import FPS, H, N, W, film, remux, sequential
 
 from poodle_lightning.data.decode import DecodeError, VideoReader, probe
+from poodle_lightning.data.decoding import Decoding
 from poodle_lightning.data.encode import write_video
 
 
@@ -139,37 +140,43 @@ def _media(path):
     return at + 4, int.from_bytes(content[at - 4 : at], "big") - 8
 
 
-def _read_all(path, times, frames):
+def _read_all(path, times, frames, way="read"):
     """How many frames came back equal, refused, and different though nothing was said."""
+    height, width = frames[0].shape[:2]
     equal = refused = silent = 0
     with VideoReader(path) as reader:
         for time, frame in zip(times, frames, strict=True):
             try:
-                pixels, _ = reader.read([time])
+                if way == "read":
+                    pixels = reader.read([time])[0][0]
+                else:
+                    pixels = reader.pieces([time], [(0, 0, width, height)])[0].pixels
             except DecodeError as error:
                 refused += error.reason == "corrupt"
                 continue
-            same = np.array_equal(pixels[0], frame)
+            same = np.array_equal(pixels, frame)
             equal, silent = equal + same, silent + (not same)
     assert equal + refused + silent == len(times)
     return equal, refused, silent
 
 
-def test_zeroed_third_is_refused_and_the_rest_still_read(tmp_path, good):
+@pytest.mark.parametrize("way", ["read", "pieces"])
+def test_zeroed_third_is_refused_and_the_rest_still_read(tmp_path, good, way):
     times, frames, _ = sequential(good)
     start, size = _media(good)
     content = bytearray(good.read_bytes())
     third = size // 3
     content[start + third : start + 2 * third] = bytes(third)
     (tmp_path / "zeroed.mp4").write_bytes(content)
-    equal, refused, silent = _read_all(tmp_path / "zeroed.mp4", times, frames)
+    equal, refused, silent = _read_all(tmp_path / "zeroed.mp4", times, frames, way)
     assert silent == 0
     assert refused >= N // 4
     assert equal >= N // 4
 
 
+@pytest.mark.parametrize("way", ["read", "pieces"])
 @pytest.mark.parametrize("flips", [3, 40])
-def test_bit_flips_are_refused(tmp_path, good, flips):
+def test_bit_flips_are_refused(tmp_path, good, flips, way):
     """FFmpeg returns patched frames and flags some of them; none of those may come out.
 
     A flip that leaves the stream decodable is seen by no decoder: of frames this small up to a fifth.
@@ -184,7 +191,7 @@ def test_bit_flips_are_refused(tmp_path, good, flips):
         for at in rng.integers(start, start + size, flips):
             content[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(content)
-        total += _read_all(path, times, frames)
+        total += _read_all(path, times, frames, way)
         marked = _flagged(path)
         flagged += len(marked)
         with VideoReader(path) as reader:
@@ -223,41 +230,46 @@ class Flagged:
         return getattr(self._frame, name)
 
 
-def _flag(reader, monkeypatch, pts):
-    """Let the decoder flag the frame with this timestamp."""
-    decode_next = reader._decode_next
+def _flag(monkeypatch, pts):
+    """Let decoders flag the frame with this timestamp."""
 
-    def decode_and_flag(tick):
-        more = decode_next(tick)
-        frames = [Flagged(f) if f.pts == pts and not isinstance(f, Flagged) else f for f in reader._ready]
-        reader._ready.clear()
-        reader._ready.extend(frames)
-        return more
+    def flagging(act):
+        def flagged(run):
+            more = act(run)
+            frames = [Flagged(f) if f.pts == pts and not isinstance(f, Flagged) else f for f in run.ready]
+            run.ready.clear()
+            run.ready.extend(frames)
+            return more
 
-    monkeypatch.setattr(reader, "_decode_next", decode_and_flag)
+        return flagged
+
+    for name in ("send", "empty"):
+        monkeypatch.setattr(Decoding, name, flagging(getattr(Decoding, name)))
 
 
-def _is_refused(reader, time):
+def _is_refused(reader, time, way="read"):
     try:
-        reader.read([time])
+        reader.pieces([time], [(0, 0, 2, 2)]) if way == "pieces" else reader.read([time])
     except DecodeError as error:
         return error.reason == "corrupt"
     return False
 
 
-def test_frames_built_on_a_damaged_one_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", ["read", "pieces"])
+def test_frames_built_on_a_damaged_one_are_refused(tmp_path, monkeypatch, way):
     """The decoder flags the patched frame only; what refers to it is no better, up to the next key frame."""
     path = tmp_path / "p.mp4"
     write_video(path, film(), FPS, gop=12, b_frames=0)
     with VideoReader(path) as reader:
-        _flag(reader, monkeypatch, reader._origin + round(14 / FPS / reader._clock))
-        refused = [k for k in range(N) if _is_refused(reader, k / FPS)]
+        _flag(monkeypatch, reader._origin + round(14 / FPS / reader._clock))
+        refused = [k for k in range(N) if _is_refused(reader, k / FPS, way)]
     assert refused == list(range(14, 24))
 
 
-def test_b_frames_are_refused_when_the_later_frame_they_refer_to_is_damaged(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("way", "gop"), [("read", 60), ("pieces", 60), ("pieces", 5)])
+def test_b_frames_are_refused_when_the_later_frame_they_refer_to_is_damaged(tmp_path, monkeypatch, way, gop):
     path = tmp_path / "b.mp4"
-    write_video(path, film(), FPS, gop=60, b_frames=3)
+    write_video(path, film(), FPS, gop=gop, b_frames=3)
     with av.open(str(path)) as container:
         stamps = [p.pts for p in container.demux(video=0) if p.size]
     # a packet that is followed by one shown earlier, in the middle of the film
@@ -266,9 +278,9 @@ def test_b_frames_are_refused_when_the_later_frame_they_refer_to_is_damaged(tmp_
     between = [j for j in range(N) if max(stamps[:k]) < shown[j] < stamps[k]]
     assert between
     with VideoReader(path) as reader:
-        _flag(reader, monkeypatch, stamps[k])
-        assert not _is_refused(reader, (between[0] - 1) / FPS)
-        assert all(_is_refused(reader, j / FPS) for j in [*between, between[-1] + 1])
+        _flag(monkeypatch, stamps[k])
+        assert not _is_refused(reader, (between[0] - 1) / FPS, way)
+        assert all(_is_refused(reader, j / FPS, way) for j in [*between, between[-1] + 1])
 
 
 def test_after_an_error_the_reader_goes_on(good):

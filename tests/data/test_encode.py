@@ -1,10 +1,12 @@
 """The writer: what PyAV reads back, and what is refused."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
 
-from poodle_lightning.data.encode import write_video
+from poodle_lightning.data.encode import Coding, coding, write_video
 
 
 def frames(count=10, height=32, width=48):
@@ -57,6 +59,66 @@ def test_times_of_a_variable_rate(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "a.mp4")[0], wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_cut_adds_no_key_frame(tmp_path, codec):
+    cut = frames(7, 64, 96) + [255 - image for image in frames(8, 64, 96)]
+    write_video(tmp_path / "a.mp4", cut, 25, gop=5, codec=codec)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        keys = {p.pts: p.is_keyframe for p in container.demux(video=0) if p.size}
+    assert [k for k, pts in enumerate(sorted(keys)) if keys[pts]] == [0, 5, 10]
+
+
+def test_a_clock_of_ones_own_is_kept_to_the_tick(tmp_path):
+    clock = Fraction(1, 12345)
+    ticks = [0, 1, 2, 12346, 99999]
+    write_video(tmp_path / "a.mp4", frames(5), 25, times=[float(k * clock) for k in ticks], clock=clock)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        base = Fraction(stream.time_base.numerator, stream.time_base.denominator)
+        assert [f.pts * base / clock for f in container.decode(stream)] == ticks
+
+
+def test_colours_are_tagged_as_what_they_are(tmp_path):
+    write_video(tmp_path / "a.mp4", frames(2), 25)
+    _, _, decoded = read(tmp_path / "a.mp4")
+    assert (int(decoded[0].colorspace), int(decoded[0].color_range)) == (
+        6,
+        1,
+    )  # H.273: BT.601; FFmpeg: limited
+
+
+def test_the_check_comes_before_the_name(tmp_path):
+    seen = []
+
+    def look(path):
+        seen.append((len(read(path)[0]), (tmp_path / "a.mp4").exists()))
+
+    write_video(tmp_path / "a.mp4", frames(4), 25, check=look)
+    assert seen == [(4, False)]
+
+    def refuse(path):
+        raise KeyError("not so")
+
+    with pytest.raises(KeyError):
+        write_video(tmp_path / "b.mp4", frames(4), 25, check=refuse)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_coding_is_read_from_the_header(tmp_path):
+    write_video(tmp_path / "a.mkv", frames(2), 25, codec="libvpx-vp9", pix_fmt="yuv444p")
+    assert coding(tmp_path / "a.mkv") == Coding("vp9", "yuv444p", Fraction(1, 1000))
+    (tmp_path / "text.mp4").write_text("no film")
+    with pytest.raises((OSError, ValueError)):
+        coding(tmp_path / "text.mp4")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000, layout="mono")
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        noise.rate, noise.pts = 8000, 0
+        container.mux([*stream.encode(noise), *stream.encode()])
+    with pytest.raises(ValueError, match="no video stream"):
+        coding(tmp_path / "sound.mp4")
+
+
 def test_fractional_rate(tmp_path):
     write_video(tmp_path / "a.mp4", frames(10), 30000 / 1001)
     assert read(tmp_path / "a.mp4")[0][9] == pytest.approx(9 * 1001 / 30000, abs=1e-4)
@@ -81,6 +143,7 @@ def broken():
         (lambda: [np.zeros((8, 8, 3), np.float32)], {}, ValueError, "uint8"),
         (lambda: frames(1) + frames(1, 16), {}, ValueError, "frame 1"),
         (lambda: frames(1, 31, 48), {}, ValueError, "yuv444p"),
+        (lambda: frames(2), {"codec": "libx265"}, ValueError, "libx265 needs 56"),
         (lambda: frames(3), {"times": [0.0, 1.0]}, ValueError, "2 times"),
         (lambda: frames(2), {"times": [0.0, 0.0]}, ValueError, "increase"),
         (broken, {}, RuntimeError, "failed"),

@@ -8,8 +8,10 @@ import signal
 import cv2
 import numpy as np
 import pytest
+from films import film
 from PIL import Image
 
+from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.sampling import ClipSampler
 from poodle_lightning.data.streets import StreetSet
 from poodle_lightning.data.video import VideoDataModule, single_thread
@@ -124,3 +126,31 @@ def test_missing_data_are_named_in_one_line(folder, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         module(folder, **changes).setup("fit")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_planes_of_video_files_reach_the_batch(tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "films").mkdir()
+    for number in range(2):
+        write_video(tmp_path / "films" / f"{number}.mp4", film(30, seed=number), 30, gop=5)
+    units = []
+    for pixels in ("yuv", "rgb"):
+        settings = {"source": "folder", "pixels": pixels, "num_workers": workers}
+        data = module(tmp_path / "films", **settings)
+        data.setup("fit")
+        clip = next(iter(data.train_dataloader()))
+        assert (clip.yuv is not None) == (pixels == "yuv")
+        units.append(clip.unit())
+    assert (units[0] - units[1]).abs().max() * 255 <= 1 + 1e-3
+
+
+def test_image_folders_have_no_planes(folder):
+    data = module(folder, pixels="yuv")
+    data.setup("fit")
+    assert next(iter(data.train_dataloader())).yuv is None
+
+
+def test_pixels_are_rgb_or_yuv(folder):
+    with pytest.raises(UserError, match="pixels 'jpeg': choose rgb or yuv"):
+        module(folder, pixels="jpeg")
