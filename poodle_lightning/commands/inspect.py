@@ -1,9 +1,12 @@
-"""``poodle-lightning inspect``: what is in video files, and which of them cannot be used."""
+"""``poodle-lightning inspect``: what is in video files, which cannot be used, and what reading them costs."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +14,15 @@ from poodle_lightning.types import Skip, UserError
 
 if TYPE_CHECKING:
     from poodle_lightning.commands import Build
+    from poodle_lightning.data.cost import Cost
     from poodle_lightning.data.info import VideoInfo
 
 NAME = "inspect"
-HELP = "duration, size, rate and key frames of video files; which cannot be read, and why"
+HELP = "duration, size, rate and key frames of videos, and cores that reading takes; what cannot be read"
+# More files are not opened just for the column of their coding.
+_OPENED = 500
+# What is suggested, and the gain in decoded frames from which it is.
+_SHORT_GOP, _WORTHWHILE = 12, 1.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +30,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="video files, or folders of them")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--measure",
+        type=int,
+        default=3,
+        metavar="N",
+        help="videos on which the price of a pair is measured (default: %(default)s; 0: none)",
+    )
+    parser.add_argument(
+        "--pairs-per-s",
+        type=float,
+        default=20.0,
+        metavar="N",
+        help="that one GPU trains on, for the number of cores (default: %(default)g)",
     )
 
 
@@ -31,10 +53,12 @@ def run(args: argparse.Namespace, build: Build) -> int:
     Raises:
         UserError: a path does not exist, or a folder has no video.
     """
+    if args.measure < 0 or not args.pairs_per_s > 0:
+        raise UserError("--measure is at least 0, --pairs-per-s is above 0")
     videos: list[VideoInfo] = []
     refused: list[Skip] = []
     for path in map(Path, args.paths):
-        good, bad = _measure(path, args.workers)
+        good, bad = _look(path, args.workers)
         videos += good
         refused += bad
     print(table(videos))
@@ -47,24 +71,88 @@ def run(args: argparse.Namespace, build: Build) -> int:
         f"{count} {reason}" for reason, count in Counter(s.reason for s in refused).most_common()
     )
     print(f"\n{len(videos)} videos, {hours:.2f} h" + (f"; not usable: {counts}" if counts else ""))
+    if args.measure and videos:
+        print("\n" + _price(videos, args.measure, args.pairs_per_s))
     return 1 if refused else 0
 
 
 def table(videos: list[VideoInfo]) -> str:
-    """One row per video: duration, size as shown, mean rate, seconds between key frames, rotation, path."""
-    rows = [("seconds", "size", "fps", "key every", "turned", "path")]
+    """One row per video.
+
+    Duration, size as shown, mean rate, seconds and frames between key frames, rotation, size on disk, coding,
+    path.
+    """
+    rows = [("seconds", "size", "fps", "key every", "GOP", "turned", "MB", "coding", "path")]
     for video in videos:
         size = f"{video.width}x{video.height}"
         key, turned = f"{video.keyframe_interval:.2f} s", f"{video.rotation}°" if video.rotation else "-"
-        rows.append((f"{video.duration:.2f}", size, f"{video.fps:.2f}", key, turned, video.path))
+        coded = _coding(video.path) if len(videos) <= _OPENED else "-"
+        gop, disk = f"{video.gop:.0f}", _megabytes(video.path)
+        seconds, fps = f"{video.duration:.2f}", f"{video.fps:.2f}"
+        rows.append((seconds, size, fps, key, gop, turned, disk, coded, video.path))
+    return "\n".join(_aligned(rows))
+
+
+def _coding(path: str) -> str:
+    from poodle_lightning.data.encode import coding
+
+    with suppress(OSError, ValueError):
+        found = coding(path)
+        return f"{found.codec} {found.pix_fmt}".strip()
+    return "-"
+
+
+def _megabytes(path: str) -> str:
+    with suppress(OSError):
+        return f"{os.path.getsize(path) / 1e6:.2f}"
+    return "-"
+
+
+def _price(videos: Sequence[VideoInfo], most: int, pairs_per_s: float) -> str:
+    """What a pair costs, how many cores one GPU needs, and whether re-encoding would help."""
+    from poodle_lightning.data.cost import cores_for, frames_per_pair, measure_some, together
+
+    costs = measure_some([video.path for video in videos], most)
+    if not costs:
+        return "the price of a pair was not measured: frames 1 s apart are needed, and no video is that long"
+    rate = together(costs)
+    cores = cores_for(pairs_per_s, rate)
+    lines = [
+        f"a pair of frames 0.5 to 1 s apart, the crop of it, one thread (measured on {len(costs)} videos):",
+        *_rows(costs),
+        f"one GPU that trains on {pairs_per_s:g} pairs/s needs pairs/s ÷ pairs per CPU-second ="
+        f" {pairs_per_s:g} ÷ {rate:.1f} = {cores:.1f} cores for reading (for another speed: --pairs-per-s)",
+    ]
+    now = sum(cost.frames_per_pair for cost in costs) / len(costs)
+    short = [min(_SHORT_GOP, max(1.0, cost.info.gop)) for cost in costs]
+    then = sum(frames_per_pair(g, c.info.fps) for g, c in zip(short, costs, strict=True)) / len(costs)
+    if now > _WORTHWHILE * then:
+        lines.append(
+            f"key frames are far apart: with one every {_SHORT_GOP} frames a pair would take {then:.0f}"
+            f" decoded frames in place of {now:.0f}; `poodle-lightning prepare` re-encodes a folder so"
+        )
+    return "\n".join(lines)
+
+
+def _rows(costs: Sequence[Cost]) -> list[str]:
+    rows = [("frames/CPU-s", "frames/pair", "pairs/CPU-s", "expected", "path")]
+    for cost in costs:
+        frames = f"{cost.frames_per_cpu_s:.0f}", f"{cost.frames_per_pair:.1f}"
+        pairs = f"{cost.pairs_per_cpu_s:.1f}", f"{cost.expected_pairs_per_cpu_s:.1f}"
+        rows.append((*frames, *pairs, cost.info.path))
+    return _aligned(rows)
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Columns aligned to the right; the last one, a path, to the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    return [
         "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f"  {row[-1]}"
         for row in rows
-    )
+    ]
 
 
-def _measure(path: Path, workers: int) -> tuple[list[VideoInfo], list[Skip]]:
+def _look(path: Path, workers: int) -> tuple[list[VideoInfo], list[Skip]]:
     from poodle_lightning.data.decode import probe
     from poodle_lightning.data.index import build_index
     from poodle_lightning.data.info import DecodeError
