@@ -65,7 +65,7 @@ def method(args: argparse.Namespace, *, commute: bool) -> PooDLe:
     """The same weights every time."""
     torch.manual_seed(0)
     subcrops = SubcropRecipe(count=6 if not args.tiny else 2, size=(192, 192) if not args.tiny else (32, 32))
-    encoder = ResNet(10, width=8) if args.tiny else ResNet(50)
+    encoder = ResNet(10, width=16) if args.tiny else ResNet(50)
     decoder = SDM(encoder.channels, dims=32 if args.tiny else 2048)
     heads = {"hidden": 32, "out": 16} if args.tiny else {}
     return PooDLe(encoder, decoder, Given(), view=None, subcrops=subcrops, commute=commute, **heads)
@@ -77,7 +77,7 @@ class Package:
     def __init__(self, args: argparse.Namespace, film: Path, folder: Path, bf16: bool) -> None:
         source = FolderSource(film.parent, keep=lambda found: found.name == film.name)
         rule = WindowRule((args.h, args.w), scale=published.SCALE, reference=published.REFERENCE)
-        order = Order(1, 1 << 16, 1 << 16, 1, seed=0)
+        order = Order(1, 64, 64, 1, seed=0)
         flow = CachedFlow(str(folder))
         self.data = ClipDataset(source, source.entries, order, PAIRS, rule, flow=flow, pixels="yuv")
         self.loop = Loop(method(args, commute=True), 1, bf16=bf16)
