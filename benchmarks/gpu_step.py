@@ -4,7 +4,8 @@ Every variant takes optimiser steps on the same clips, which are ready in page-l
 the device is part of the step, reading videos is not. The package with cached flow stands beside the
 published formulation (float32, TF32 in convolutions as torch has it by default) with the same flow, and
 beside itself with RAFT in every step. Variants take turns; times are wall-clock seconds between two
-synchronisations.
+synchronisations. "peak GiB" is what a step takes above the weights of all variants, which stay on the device;
+optimiser and gradients of the variant itself are in it.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ def _waits(step: Callable[[], Any], device: str) -> str:
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         return str(error).splitlines()[0]
     finally:

@@ -2,7 +2,9 @@
 
 Some tensors are declared to be "on the device" (parameters, frames, flow); so is everything that is computed
 from them. Reading one of those on the host would make a GPU wait. Tensors that never touched them, such as
-random draws and keys, are on the host in training too and may be read.
+random draws and keys, are on the host in training too and may be read. Making a tensor of
+numbers on the device is found as well: its copy is not from page-locked memory, so it waits too. What cannot
+be told apart here is ``x.to(device)`` of a device that happens to be the host.
 """
 
 from contextlib import ExitStack
@@ -15,14 +17,8 @@ from torch.utils._pytree import tree_leaves
 # Operations whose result, or whose shape, the host must know before it can go on.
 _READS = (
     *("_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "is_nonzero", "equal", "item"),
-    *(
-        "unique_consecutive",
-        "_unique",
-        "_unique2",
-        "unique_dim",
-        "unique_dim_consecutive",
-        "repeat_interleave",
-    ),
+    *("unique_consecutive", "_unique", "_unique2", "unique_dim", "unique_dim_consecutive"),
+    *("repeat_interleave", "linalg_inv_ex", "_linalg_solve_ex", "linalg_cholesky_ex", "linalg_lstsq"),
 )
 # These look at the memory itself, past the dispatcher.
 _PAST_DISPATCH = ("tolist", "numpy", "cpu", "__array__")
@@ -59,19 +55,32 @@ class DeviceReads(TorchDispatchMode):
         )
 
     def __enter__(self):
-        for name in _PAST_DISPATCH:
+        for name in (*_PAST_DISPATCH, "new_tensor"):
             self._stack.enter_context(patch.object(torch.Tensor, name, self._watched(name)))
+        self._stack.enter_context(
+            patch.object(torch.Tensor, "to", self._watched("to", lambda to: "cpu" in to))
+        )
+        self._stack.enter_context(patch.object(torch, "tensor", self._making(torch.tensor)))
         return super().__enter__()
 
     def __exit__(self, *error):
         self._stack.close()
         return super().__exit__(*error)
 
-    def _watched(self, name):
+    def _making(self, original):
+        def call(*args, **kwargs):
+            if kwargs.get("device") not in (None, "cpu"):
+                self.found.append("tensor")
+            return original(*args, **kwargs)
+
+        return call
+
+    def _watched(self, name, when=lambda words: True):
         original = getattr(torch.Tensor, name)
 
         def call(tensor, *args, **kwargs):
-            if self.on_device(tensor):
+            words = [word for word in (*args, *kwargs.values()) if isinstance(word, str)]
+            if self.on_device(tensor) and when(words):
                 self.found.append(name)
             return original(tensor, *args, **kwargs)
 
@@ -82,6 +91,8 @@ class DeviceReads(TorchDispatchMode):
         touched = any(self.on_device(x) for x in inputs)
         name = func.overloadpacket.__name__
         if touched and name in _READS and not (name == "repeat_interleave" and "self_int" in str(func)):
+            self.found.append(name)
+        if name == "copy_" and self.on_device(args[1]) and not self.on_device(args[0]):
             self.found.append(name)
         if touched and name in ("index", "index_put", "index_put_"):
             picked = [x for x in tree_leaves(args[1]) if isinstance(x, torch.Tensor)]

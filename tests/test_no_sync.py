@@ -57,6 +57,10 @@ def test_the_watch_finds_what_it_is_for():
         "tolist": lambda x: (x + 1).tolist(),
         "numpy": lambda x: (x + 1).numpy(),
         "cpu": lambda x: (x + 1).cpu(),
+        "to": lambda x: (x + 1).to("cpu"),
+        "copy_": lambda x: torch.empty(4).copy_(x + 1),
+        "new_tensor": lambda x: (x + 1).new_tensor([1.0]),
+        "linalg_inv_ex": lambda x: torch.linalg.inv(x.diag() + torch.eye(4)),
     }
     for name, way in ways.items():
         with DeviceReads([device]) as reads:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.recompute import computing_again
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM
 from poodle_lightning.ops.geometry import Size
@@ -53,7 +54,7 @@ def counted() -> Counter:
     ``with counted() as work: loss(...).backward()``, then ``work.total``. Counted are convolutions, matrix
     products and attention, with their backward passes where those run inside; for a network the backward pass
     costs twice the forward pass, less what is not asked for (the gradient to the images). What activation
-    checkpointing computes again counts again; what an attention kernel computes again for itself does not.
+    checkpointing (``nn.recompute``) or an attention kernel computes again counts once: it is no more of use.
     A sparse factor counts its stored values only. Everything that is not a product counts nothing, and what a
     compiler made of the operations cannot be seen: count an eager step. (Meta tensors are counted for free.)
     """
@@ -85,7 +86,7 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         rule = self._rules.get(func.overloadpacket)
-        if rule is not None:
+        if rule is not None and not computing_again():
             self.total += rule(args, out[0] if isinstance(out, tuple) else out)
         return out
 
@@ -152,6 +153,11 @@ def _matrix(first: int) -> Rule:
     return cost
 
 
+def _sampled(args: tuple[Any, ...], out: Tensor) -> int:
+    """Products of rows and columns at the stored places of a sparse matrix only."""
+    return int(args[0]._nnz() * args[1].shape[-1])
+
+
 def _attention(args: tuple[Any, ...], out: Tensor) -> int:
     return _scores(*args[:3])
 
@@ -176,6 +182,7 @@ _BY_NAME: dict[str, Rule] = {
     **dict.fromkeys(("mm", "bmm", "mv", "_sparse_mm"), _matrix(0)),
     **dict.fromkeys(("addmm", "addmm_", "_addmm_activation", "_sparse_addmm"), _matrix(1)),
     **dict.fromkeys(("baddbmm", "baddbmm_", "addmv"), _matrix(1)),
+    "sparse_sampled_addmm": _sampled,
     **dict.fromkeys((f"{_PREFIX}{kernel}" for kernel in _KERNELS), _attention),
     **dict.fromkeys((f"{_PREFIX}{kernel}_backward" for kernel in _KERNELS), _attention_backward),
 }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 # TFLOP/s of dense products (a multiply-add counts 2; figures "with sparsity" are twice as high and are not
-# these): 16-bit tensor cores with float32 sums, and TF32 (float32 where a chip has none). The first name that
-# is part of the device's name counts, so longer names come first.
+# these): 16-bit tensor cores with float32 sums, and TF32 (float32 where a chip has none). The first
+# whose words are in the device's name counts, so longer names come first.
 _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("B200", 2250.0, 1125.0),
     ("H200 NVL", 835.0, 417.5),
@@ -27,6 +29,8 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("V100", 125.0, 15.7),
     ("T4", 65.0, 8.1),
 )
+# Cards that share a name with a faster one.
+_SLOWER = r"Laptop|Max-Q|Mobile|4090 D|5090 D"
 
 
 def peak_flops(device: str, precision: str) -> float | None:
@@ -38,9 +42,9 @@ def peak_flops(device: str, precision: str) -> float | None:
             ``"32-true"`` by TF32, which PyTorch's convolutions use unless it is forbidden. ``"64-true"`` has
             no figure.
     """
-    if precision.startswith("64"):
+    if precision.startswith("64") or re.search(_SLOWER, device, re.IGNORECASE):
         return None
     for name, half, full in _PEAKS:
-        if name.lower() in device.lower():
+        if re.search(rf"(?<![a-z0-9])G?{name}(?![a-z0-9])", device, re.IGNORECASE):
             return 1e12 * (full if precision.startswith("32") else half)
     return None

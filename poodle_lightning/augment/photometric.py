@@ -113,7 +113,7 @@ class Colour(Configured):
             if self.form == "matrix":
                 out = _by_matrix(images.float(), drawn.steps)
             else:
-                out = torch.empty(images.shape, dtype=torch.float32, device=images.device).copy_(images)
+                out = images.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                 (_image_by_image if on_host else _by_operation)(out, drawn.steps)
             _blur(out, drawn, self.sigma[1], on_host)
             _solarize(out, drawn, on_host)

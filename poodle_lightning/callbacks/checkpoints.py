@@ -87,6 +87,11 @@ class TimedCheckpoint(ModelCheckpoint):
 
     _STEPS = 20
 
+    @property
+    def state_key(self) -> str:
+        """That of Lightning's own, so that a run goes on from a checkpoint of either."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

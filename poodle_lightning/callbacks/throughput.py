@@ -33,7 +33,7 @@ class Throughput(L.Callback):
       device may still have been at work, so this is an upper bound of what faster data would save.
     * ``perf/tflops``: floating-point operations a second of one device, 10¹²: convolutions and products of
       everything that a training step runs (both networks, forward and backward, the flow network), counted in
-      the first step; a multiply-add is two of them.
+      the first step; a multiply-add is two of them, and what is computed again (``recompute``) counts once.
     * ``perf/mfu``: that as a share of what the GPU can do at most (``analysis.peaks``), where it is known.
     * ``perf/gpu_gb``: on CUDA, peak memory of this process's tensors so far, GiB.
     * ``perf/host_gb``: peak resident memory of this process so far, GiB; workers are processes of their own.

@@ -27,6 +27,7 @@ Form = Literal["auto", "cells", "all_pairs", "direct"]
 CHUNK_VALUES = 1 << 24
 CPU_CHUNK_VALUES = 1 << 20
 # All nodes times all nodes: so many bytes of products at a time, of one image or several, and so many pixels.
+# The peak is twice that: their gradient has the same size.
 ALL_PAIRS_BYTES = 1 << 30
 ALL_PAIRS_PIXELS = 1 << 21
 # Smooth motion has 15 node pairs per node. Pure noise at stride 8 comes near 1,024, the most that there can
@@ -77,11 +78,12 @@ def warped_distance(
     image and then warped; here the look-up is composed, which leaves out one interpolation
     (the difference is measured in ``docs/architecture.md``).
 
-    All forms give the same loss and gradient, to rounding. *direct* writes the vectors of every pixel, some
-    rows at a time; *cells* and *all_pairs* never do (``losses/gram.py``). *auto* is *cells* on a CPU,
-    *all_pairs* on a CUDA device where one image's products fit ``ALL_PAIRS_BYTES``, and else *direct*; and
-    *direct* where a coordinate map needs a gradient. An image whose motion is torn so much that *cells* would
-    take more than ``PAIRS_PER_NODE`` node pairs per node is worked in the direct form.
+    All forms give the same loss and gradient to rounding, but where neighbouring vectors cancel to nothing:
+    there the direction, and with it the gradient, is noise in any form. *direct* writes the vectors of every
+    pixel, some rows at a time; *cells* and *all_pairs* never do (``losses/gram.py``). *auto* is *cells* on a
+    CPU, *all_pairs* on a CUDA device where one image's products fit ``ALL_PAIRS_BYTES``, and else *direct*;
+    and *direct* where a coordinate map needs a gradient. An image whose motion is torn so much that *cells*
+    would take more than ``PAIRS_PER_NODE`` node pairs per node is worked in the direct form.
 
     Args:
         p: ``(B, C, h, w)`` online predictions, any float dtype; compared in float32 (float64 stays float64).
@@ -96,8 +98,11 @@ def warped_distance(
         Scalar.
 
     Raises:
-        ValueError: *cells* or *all_pairs* was asked for, and a coordinate map needs a gradient.
+        ValueError: *cells* or *all_pairs* was asked for, and a coordinate map needs a gradient;
+            ``visible`` has another shape.
     """
+    if visible is not None and visible.shape != (len(p), *size):
+        raise ValueError(f"visible must be {(len(p), *size)}, not {tuple(visible.shape)}")
     # cast once, before anything is cut up: the gradients of the parts then add up in float32
     wide = torch.float64 if torch.float64 in (p.dtype, z.dtype) else torch.float32
     p, z = p.to(wide), z.to(wide)

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+_again = 0
+
+
+def computing_again() -> bool:
+    """Whether what runs now is computed for the second time, in a backward pass."""
+    return _again > 0
+
 
 def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | None = None) -> Tensor:
     """``call(*inputs)``; of what happens inside only the inputs are kept for the backward pass.
@@ -28,7 +35,7 @@ def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | Non
     parts = call if of is None else of
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _statistics_kept(parts) if isinstance(parts, nn.Module) else nullcontext()
+        return nullcontext(), _second_time(parts)
 
     # No generator state is saved: on a GPU that would be a read back per call. A compiler takes the buffers'
     # changes out of what it recomputes, and it knows no contexts of ours.
@@ -38,18 +45,22 @@ def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | Non
 
 
 @contextmanager
-def _statistics_kept(module: nn.Module) -> Iterator[None]:
+def _second_time(parts: object) -> Iterator[None]:
     """BatchNorm layers normalise as before but leave their running statistics and counters alone.
 
-    The buffers stay in place, because autograd counts what it saves and must find the same the second time;
-    with momentum 0 they keep their values.
+    The statistics stay in place, because autograd counts what it saves and must find the same the second
+    time; with momentum 0 they keep their values. Counters count on a copy: SyncBatchNorm insists on one.
     """
-    layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    global _again
+    modules = parts.modules() if isinstance(parts, nn.Module) else ()
+    layers = [part for part in modules if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer in layers:
-        layer.momentum, layer.num_batches_tracked = 0.0, None
+    for layer, (_, count) in zip(layers, before, strict=True):
+        layer.momentum, layer.num_batches_tracked = 0.0, None if count is None else count.clone()
+    _again += 1
     try:
         yield
     finally:
+        _again -= 1
         for layer, (momentum, count) in zip(layers, before, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, count

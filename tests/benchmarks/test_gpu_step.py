@@ -23,10 +23,10 @@ def test_a_tiny_run_is_written(gpu_step, tmp_path):
     found = json.loads((tmp_path / "gpu_step.json").read_text())["results"]["variants"]
     assert list(found) == names
     assert found["published, float32"]["times_faster"]["median"] == 1.0
-    # the commuted projector does less, recomputation more
+    # the commuted projector does less; what is computed again counts once
     work = {name: variant["tflop_per_pair"] for name, variant in found.items()}
     assert work["package, float32"] < work["published, float32"]
-    assert work["package, bfloat16, recompute"] > work["package, float32"]
+    assert work["package, bfloat16, recompute"] == work["package, float32"]
 
 
 def test_without_a_gpu_it_says_so(gpu_step, capsys):

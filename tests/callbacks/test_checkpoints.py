@@ -6,6 +6,7 @@ from datetime import timedelta
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from poodle_lightning.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -111,6 +112,7 @@ def test_a_timed_checkpoint_asks_the_other_devices_at_every_20th_step_only(tmp_p
             return torch.optim.SGD(self.parameters(), lr=0.1)
 
     timed = TimedCheckpoint(tmp_path, filename="recent", train_time_interval=timedelta(0))
+    assert timed.state_key == ModelCheckpoint(tmp_path, train_time_interval=timedelta(0)).state_key
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_steps=45, logger=False, callbacks=[timed],
         enable_progress_bar=False, enable_model_summary=False,

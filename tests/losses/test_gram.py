@@ -271,3 +271,20 @@ def test_all_pairs_reads_nothing_back():
     assert seen.names & READS  # the counter sees them where they are
     with FakeTensorMode(allow_non_fake_inputs=True):  # tensors without values: a read would raise
         assert results(*case, "all_pairs")[1].shape == case[0].shape
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_feature_that_is_no_number_shows_in_the_loss_though_no_pixel_reads_it(form):
+    """The run must stop before the optimiser moves: the gradient is no number either."""
+    p, to_p, z, to_z, size, _ = problem()
+    nothing = torch.zeros(len(p), *size, dtype=torch.bool)
+    assert float(warped_distance(p, to_p, z, to_z, size, nothing, form)) == 0.0
+    p[0, 0, 0, 0] = torch.nan
+    assert warped_distance(p, to_p, z, to_z, size, nothing, form).isnan()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_visibility_of_another_shape_is_refused(form):
+    p, to_p, z, to_z, size, _ = problem()
+    with pytest.raises(ValueError, match="visible must be"):
+        warped_distance(p, to_p, z, to_z, size, torch.ones(1, *size, dtype=torch.bool), form)

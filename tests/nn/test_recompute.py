@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -130,3 +131,18 @@ def test_under_autocast():
     assert all(
         torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), switched.parameters(), strict=True)
     )
+
+
+def test_synchronised_batch_norm_is_recomputed_too():
+    """It insists on a counter, and counts once."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    again = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    plain(x).square().sum().backward()
+    with patch.object(nn.SyncBatchNorm, "_check_non_zero_input_channels", lambda self, x: None):
+        recomputed(again, x).square().sum().backward()
+    for mine, theirs in zip(again.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    for (name, mine), theirs in zip(again.named_buffers(), plain.buffers(), strict=True):
+        assert torch.allclose(mine.double(), theirs.double()), name
