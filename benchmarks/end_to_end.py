@@ -38,7 +38,7 @@ from poodle_lightning.methods.poodle import PooDLe
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM
 from poodle_lightning.ops.crops import SubcropRecipe
-from poodle_lightning.ops.random import key_of
+from poodle_lightning.ops.random import fold, key_of
 from poodle_lightning.types import Clip
 
 PAIRS = FixedPairs(gap=(0.5, 1.0), fixed=4)
@@ -87,35 +87,45 @@ class Package:
         """One pair, one step."""
         began = time.process_time()
         clip = collate([self.data[(0, number)]], self.size)
+        read = time.process_time()
         assert isinstance(clip, Clip)
         assert clip.present is not None
         assert bool(clip.present.all())
-        read = time.process_time()
+        began_step = time.process_time()
         self.loop(clip)
-        return {"read": read - began, "step": time.process_time() - read}
+        return {"read": read - began, "step": time.process_time() - began_step}
+
+    def moments(self, number: int) -> tuple[float, float]:
+        """What the item asks of its reader, seconds."""
+        entry = self.data.entries[0]
+        first, second = PAIRS.times(
+            entry.duration, fold(key_of(0, 0, self.data.order.item(0, number)), "time")
+        )
+        return first, second
 
 
 class Published:
     """The published order: everything on images in the loader, then the step."""
 
-    def __init__(self, args: argparse.Namespace, film: Path, cache: FlowCache, duration: float) -> None:
-        self.film, self.cache = film, cache
-        self.moments = PAIRS.pairs(duration)
+    def __init__(self, args: argparse.Namespace, film: Path, cache: FlowCache, like: Package) -> None:
+        self.film, self.cache, self.moments = film, cache, like.moments
         self.step = PublishedStep(method(args, commute=False), 1)
         self.size = (args.h, args.w)
 
     def __call__(self, number: int) -> Timed:
         """One pair, one step."""
+        moments = self.moments(number)
         began = time.process_time()
-        moments = self.moments[number % len(self.moments)]
         crops, where = published.pair(self.film, moments, self.size)
         flow = self._flow(moments, where)
         read = time.process_time()
         frames = torch.stack(crops[:2])[None]
         # the encoder of this package normalises by itself
         mean, std = (torch.tensor(v).reshape(1, 1, 3, 1, 1) for v in (published.MEAN, published.STD))
-        self.step(frames * std + mean, flow, key_of(0, number).reshape(1))
-        return {"read": read - began, "step": time.process_time() - read}
+        frames = frames * std + mean
+        began_step = time.process_time()
+        self.step(frames, flow, key_of(0, number).reshape(1))
+        return {"read": read - began, "step": time.process_time() - began_step}
 
     def _flow(self, moments: tuple[float, float], where: published.Where) -> Tensor:
         """``(2, 2, h, w)`` px of the crop: the whole flow, resized and cut as the frames were."""
@@ -136,9 +146,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     film = make_film(args.videos, 30, args.seconds)
     folder = args.videos / "flow"
     cache = fill_cache(film, folder, duration)
+    package = Package(args, film, folder, bf16=False)
     ways: dict[str, Callable[[int], Timed]] = {
-        "published": Published(args, film, cache, duration),
-        "package": Package(args, film, folder, bf16=False),
+        "published": Published(args, film, cache, package),
+        "package": package,
         "package, bfloat16": Package(args, film, folder, bf16=True),
     }
     torch.manual_seed(0)
