@@ -316,10 +316,8 @@ def _speaking() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(_Format("%(message)s"))
     before = (_log.level, _log.propagate)
-    first = (
-        int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or 0)
-        == 0
-    )
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_PROCID") or "0"
+    first = not rank.isdecimal() or int(rank) == 0  # what is no number is for the command to refuse
     _log.addHandler(handler)
     _log.setLevel(logging.INFO if first else logging.WARNING)
     _log.propagate = False

@@ -99,7 +99,7 @@ def blur_(image: Tensor, sigma: float) -> None:
     torch's grouped convolution.
 
     Args:
-        image: ``(3, H, W)`` float32 on the CPU.
+        image: ``(3, H, W)`` float32 on the CPU, each plane contiguous.
         sigma: standard deviation in pixels.
     """
     if radius := reach(sigma, (image.shape[-2], image.shape[-1])):

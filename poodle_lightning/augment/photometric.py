@@ -105,7 +105,7 @@ class Colour(Configured):
             keys: ``(B,)`` on the host.
 
         Returns:
-            ``(B, 3, H, W)`` float32 in [0, 1].
+            ``(B, 3, H, W)`` float32 in [0, 1], to rounding.
         """
         drawn = self.draw(keys)
         on_host = one_by_one(images.device)

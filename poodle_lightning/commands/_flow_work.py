@@ -24,6 +24,10 @@ _VOLUME_BYTES = 6e9  # of correlation on a device at a time; 8 pairs of 512x1024
 _LARGEST_BATCH = 32
 
 
+class Closed(Exception):
+    """No more flow is computed."""
+
+
 class Estimators(Protocol):
     """Where pairs of frames become flow; used by many threads."""
 
@@ -52,15 +56,23 @@ class AtOnce:
 
     def __init__(self, estimator: PixelEstimator) -> None:
         self.estimator = estimator
+        self._closed = False
 
     def submit(self, frames: np.ndarray) -> Future[np.ndarray]:
-        """See ``Estimators``."""
+        """See ``Estimators``.
+
+        Raises:
+            Closed: it was.
+        """
+        if self._closed:
+            raise Closed
         done: Future[np.ndarray] = Future()
         done.set_result(self.estimator.pixels(frames[0], frames[1]))
         return done
 
     def close(self) -> None:
-        """See ``Estimators``."""
+        """What is being computed is finished; threads that ask for more end."""
+        self._closed = True
 
 
 class OnDevices:
@@ -89,12 +101,12 @@ class OnDevices:
         """See ``Estimators``.
 
         Raises:
-            RuntimeError: it was closed.
+            Closed: it was.
         """
         done: Future[np.ndarray] = Future()
         with self._changed:
             if self._closed:
-                raise RuntimeError("no more flow is computed")
+                raise Closed
             self._waiting.setdefault(frames.shape[1:3], deque()).append((frames, done))
             self._changed.notify()
         return done
@@ -150,18 +162,20 @@ class OnDevices:
 
 @dataclass
 class Count:
-    """Pairs of a stretch, or of all."""
+    """Pairs of a stretch, or of all; ``stopped`` if there would have been more."""
 
     stored: int = 0
     kept: int = 0
     bytes: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
+    stopped: bool = False
 
     def __iadd__(self, other: Count) -> Self:
         self.stored += other.stored
         self.kept += other.kept
         self.bytes += other.bytes
         self.left_out += other.left_out
+        self.stopped |= other.stopped
         return self
 
 
@@ -183,6 +197,8 @@ class Work:
         total = Count()
         for entry in stretches:
             total += self._stretch(entry, advance)
+            if total.stopped:
+                break
             if not self.cache.writable:
                 raise UserError(
                     f"{self.cache.folder} cannot be written: make room or choose another --out; what is "
@@ -209,6 +225,8 @@ class Work:
         advance(count.kept)
         flows = self._flows(entry, lacking, count, advance)
         count.stored, count.bytes = self.cache.put_all(video, flows)
+        if self.cache.writable and not count.stopped:  # else not all was tried
+            count.left_out["not_storable"] += len(lacking) - count.left_out.total() - count.stored
         return count
 
     def _flows(
@@ -235,16 +253,20 @@ class Work:
                 try:
                     reader = reader or self.source.open(entry)
                     frames, _ = reader.read(moments)
-                    done = self.estimators.submit(frames)
-                except (DecodeError, OSError, UserError) as error:  # UserError: too small for the estimator
-                    count.left_out[
-                        "too_small"
-                        if isinstance(error, UserError)
-                        else getattr(error, "reason", "unreadable")
-                    ] += 1
+                except (DecodeError, OSError, UserError) as error:
+                    count.left_out[getattr(error, "reason", "unreadable")] += 1
                     if reader is not None:
                         reader.close()
                     reader = None
+                    advance(1)
+                    continue
+                try:
+                    done = self.estimators.submit(frames)
+                except Closed:  # what was computed is still stored
+                    count.stopped = True
+                    return
+                except UserError:  # all that an estimator has against two frames
+                    count.left_out["too_small"] += 1
                     advance(1)
                 else:
                     yield moments, done

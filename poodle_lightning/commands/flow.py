@@ -14,6 +14,7 @@ import copy
 import os
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard",
         metavar="I/N",
         help="only the I-th of N shares of the videos, from 1 (default: by RANK and WORLD_SIZE, or else by "
-        "SLURM_PROCID and SLURM_NTASKS, if they are set; otherwise all)",
+        "SLURM_PROCID and SLURM_STEP_NUM_TASKS, if they are set; otherwise all)",
     )
     parser.add_argument(
         "--pairs-per-video", type=int, default=10, metavar="N", help="with --root (default: %(default)s)"
@@ -65,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--form",
         choices=("delta", "jpeg"),
         default="delta",
-        help="delta: numbers within 1/16 px (default); jpeg: as PiCo, smaller, approximate",
+        help="delta: numbers, within 1/16 px with --full-resolution, otherwise coarser where motions meet "
+        "(default); jpeg: as PiCo, smaller, approximate",
     )
     parser.add_argument(
         "--quality", type=int, default=95, metavar="Q", help="of jpeg, 1 to 100 (default: %(default)s)"
@@ -89,7 +91,7 @@ def _add_estimator_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of RAFT (default: %(default)s); another one is another flow",
     )
-    parser.add_argument("--device", default="cpu", help="where RAFT runs (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where RAFT runs (default: %(default)s); not for DIS")
     parser.add_argument(
         "--devices", type=int, default=1, metavar="N", help="RAFT on that many of them (default: %(default)s)"
     )
@@ -111,11 +113,12 @@ def run(args: argparse.Namespace, build: Build) -> int:
 
     Raises:
         UserError: there are no videos, none of them can be used, the cache cannot be written, a device is not
-            there or has no room, or the share is none.
+            there or has no room, the share is none, or an argument is out of range.
     """
     from poodle_lightning.data.flow_cache import FlowCache
     from poodle_lightning.data.shares import Share
 
+    _check(args)
     share = Share.find(args.shard, os.environ)
     source, entries, sampler = _what(args, build)
     name, estimators, threads = _estimators(args, share)
@@ -140,6 +143,22 @@ def run(args: argparse.Namespace, build: Build) -> int:
     return 0
 
 
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range before anything is read or loaded."""
+    least = {"workers": 0, "pairs_per_video": 1, "iterations": 1, "devices": 1, "batch": 0}
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
+    if not 1 <= args.quality <= 100:
+        raise UserError(f"--quality goes from 1 to 100, not {args.quality}")
+    if len(args.gap) > 2:
+        raise UserError("--gap takes the shortest and the longest, or one for both: give one or two numbers")
+    if args.estimator == "dis" and (args.devices > 1 or args.device != "cpu" or args.batch):
+        raise UserError(
+            "--device, --devices and --batch are for RAFT: DIS works on the CPU, in --workers threads"
+        )
+
+
 def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entry], FixedPairs]:
     """Videos and pairs: of the configuration's data module, or of a folder and the flags."""
     from poodle_lightning.data.cached_flow import FixedPairs
@@ -148,7 +167,10 @@ def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entr
     if bool(args.config) == bool(args.root):
         raise UserError("flow needs either --root DIR or --config FILE")
     if args.config:
-        data: Any = build(args.config, args.overrides)[1]
+        with warnings.catch_warnings():
+            # CachedFlow's advice to run this command
+            warnings.filterwarnings("ignore", message="no flow cache at", category=RuntimeWarning)
+            data: Any = build(args.config, args.overrides)[1]
         if not isinstance(getattr(data, "sampler", None), FixedPairs):
             raise UserError(
                 "the configuration draws fresh pairs every time, so a cache would not be used: set "
@@ -156,6 +178,8 @@ def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entr
             )
         data.setup("fit")
         return data.source, [*data.train_entries, *data.val_entries], data.sampler
+    if not os.path.isdir(args.root):
+        raise UserError(f"--root {args.root}: no such folder; give a folder of videos")
     try:
         gap = (args.gap[0], args.gap[-1])
         sampler = FixedPairs(gap=gap, fixed=args.pairs_per_video, seed=args.seed)
@@ -178,8 +202,10 @@ def _share(share: Share, entries: Sequence[Entry], fixed: int) -> dict[str, list
     weights = {path: float(fixed * len(stretches)) for path, stretches in videos.items()}
     chosen = {path: videos[path] for path in share.of(weights)}
     pairs = sum(weights[path] for path in chosen)
+    remedy = "" if share.origin == "--shard" else "; --shard 1/1 does all"
     print(
-        f"flow: {share} (by {share.origin}): {len(chosen)} of {len(videos)} videos, {pairs:.0f} pairs",
+        f"flow: {share} (by {share.origin}{remedy}): "
+        f"{len(chosen)} of {len(videos)} videos, {pairs:.0f} pairs",
         file=sys.stderr,
     )
     return chosen
@@ -187,14 +213,10 @@ def _share(share: Share, entries: Sequence[Entry], fixed: int) -> dict[str, list
 
 def _estimators(args: argparse.Namespace, share: Share) -> tuple[str, Estimators, int]:
     """What the flow depends on, what computes it, and how many threads read videos for it."""
-    if args.devices < 1 or args.batch < 0:
-        raise UserError(f"--devices {args.devices} and --batch {args.batch} must be positive")
     cores = args.workers or os.cpu_count() or 1
     if args.estimator == "dis":
         from poodle_lightning.flow.dis import DIS
 
-        if args.devices > 1:
-            raise UserError("--devices is for RAFT: DIS works on the CPU, in --workers threads")
         dis = DIS(args.preset)
         return dis.fingerprint, AtOnce(dis), cores
     from poodle_lightning.flow.raft import RAFT
@@ -241,10 +263,11 @@ def _compute(work: Work, videos: Mapping[str, Sequence[Entry]], threads: int, sh
     with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(threads) as pool:
         stretches = sum(len(entries) for entries in videos.values())
         task = bar.add_task("flow", total=stretches * work.sampler.fixed)
-        jobs = [
-            pool.submit(work.video, entries, lambda n: bar.advance(task, n)) for entries in videos.values()
-        ]
         try:
+            jobs = [
+                pool.submit(work.video, entries, lambda n: bar.advance(task, n))
+                for entries in videos.values()
+            ]
             for job in as_completed(jobs):
                 total += job.result()
         except BaseException:

@@ -103,8 +103,9 @@ class CachedFlow(Configured):
         estimator: computes what is missing, in the worker. None takes the flow of any estimator from the
             cache and leaves missing rows to the method's own estimator.
         full_resolution: store every pixel instead of one value for every 2x2.
-        form: of what is stored: ``delta``, within 1/16 px at full resolution, or ``jpeg``, PiCo's way,
-            smaller and approximate. Flow that is there is taken in either form: give a folder one form.
+        form: of what is stored: ``delta``, within 1/16 px at full resolution (at half, see
+            ``data.flow_planes``), or ``jpeg``, PiCo's way, smaller and approximate. Flow that is there is
+            taken in either form: give a folder one form.
         quality: of ``jpeg``, 1 to 100.
 
     Raises:

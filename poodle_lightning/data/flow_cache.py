@@ -11,12 +11,15 @@ One file per video (per minute of a longer one), ``<folder>/<2 digits>/<hash>.fl
     header: JSON with video, estimator, entries            times in µs, shape, step, place and CRC-32
     one block per pair: flow there and back (4 planes)     in one of two forms
 
-``delta`` (``data.flow_delta``) is the default: int16 in 1/8 px, horizontal differences, zlib, so the rounding
-error is at most 1/16 px. ``jpeg`` (``data.flow_jpeg``) is PiCo's: smaller, approximate. A block says which it
-is, one file may hold both, and what is there is read whatever its form.
+``delta`` (``data.flow_delta``) is the default: int16 in 1/8 px, horizontal differences, zlib. What is stored
+is rounded by at most 1/16 px, which is the whole error at full resolution. ``jpeg`` (``data.flow_jpeg``) is
+PiCo's: smaller, approximate. A block says which it is, one file may hold both, and what is there is read
+whatever its form.
 
 At half resolution (the default) one value stands for 2x2 pixels; still in whole-frame pixels. A flow that is
-affine comes back exactly but for the rounding, inside; see ``data.flow_planes`` for others.
+affine comes back exactly but for the rounding, inside; see ``data.flow_planes`` for others. Before the values
+were corrected as it says there, they were plain means of 2x2 pixels: such files have the same version, are
+still read, and give a blurrier flow. Fill a new folder to have one kind only.
 
 A file is written beside its place, flushed to disk and renamed, so a reader sees the old one or the new one.
 Of two writers of one video the last wins. Whatever is torn, damaged, of another video, estimator or version
@@ -314,7 +317,8 @@ def _unpacked(data: bytes, block: _Block, box: Box | None) -> np.ndarray:
 def _read_block(file: IO[bytes], start: int, block: _Block) -> bytes:
     file.seek(start + block.place)
     # never ask for more than a block can have: a damaged length must not fill the memory
-    data = file.read(min(block.length, 9 * block.height * block.width + 4096))
+    # (a JPEG of a single row has the bytes of 8)
+    data = file.read(min(block.length, 9 * (block.height + 7) * (block.width + 7) + 4096))
     if len(data) != block.length or zlib.crc32(data) != block.crc:
         raise _Damaged
     return data

@@ -1,4 +1,4 @@
-"""Flow as bytes, exact to 1/16 px: 16-bit numbers of 1/8 px, the differences along each row, zlib."""
+"""Flow as bytes: the stored values to 1/16 px, as 16-bit numbers of 1/8 px, differences along rows, zlib."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ REACH = 4095.0
 """Px; what 16 bits hold."""
 
 _UNIT = 8  # steps per pixel
+_LARGEST = 2**15 - 1
 
 
 def encode(flow: np.ndarray, step: int) -> bytes:
@@ -23,7 +24,9 @@ def encode(flow: np.ndarray, step: int) -> bytes:
         flow: ``(2, 2, H, W)`` px, there and back, less than 4095.
         step: 2 stores half the resolution, see ``data.flow_planes``; 1 stores every pixel.
     """
-    values = np.rint(stored_planes(flow, step) * _UNIT).astype("<i2")
+    steps = np.rint(stored_planes(flow, step) * _UNIT)
+    # at half resolution a value may be 2.3 times the flow that it is made of, more than 16 bits hold
+    values = np.clip(steps, -_LARGEST, _LARGEST).astype("<i2")
     values[..., 1:] -= values[..., :-1].copy()  # wraps around, and back when it is summed up
     return zlib.compress(values.tobytes(), level=6)
 

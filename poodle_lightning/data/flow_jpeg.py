@@ -22,6 +22,7 @@ from poodle_lightning.ops.geometry import Size
 _PLANE = struct.Struct("<ffI")  # minimum and maximum in px, bytes of the JPEG
 _FRAME_HEADERS = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _LARGEST_SIDE = 65500  # of a JPEG
+_SMALLEST_RANGE = 1e-30  # px; less is taken as constant, as 255 / range would not be a float32
 
 
 def encode(flow: np.ndarray, quality: int = 95, step: int = 1) -> bytes:
@@ -45,7 +46,7 @@ def encode(flow: np.ndarray, quality: int = 95, step: int = 1) -> bytes:
     packed = []
     for plane in planes:
         low, high = float(plane.min()), float(plane.max())
-        scale = 255.0 / (high - low) if high > low else 0.0
+        scale = 255.0 / (high - low) if high - low > _SMALLEST_RANGE else 0.0
         grey = np.rint((plane - np.float32(low)) * np.float32(scale)).astype(np.uint8)
         _, image = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, quality])
         data = image.tobytes()

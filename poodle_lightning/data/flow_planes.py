@@ -5,8 +5,12 @@ The mean of the 2x2 pixels, stored as it is, would come back blurred: the mean o
 back is 9/16 of their own value and the rest of its neighbours'. Steps
 ``values += means(flow - read(values))`` make up for it. Of a wave one blur keeps the share
 l = (3 + cos u) (3 + cos v) / 16, so after k steps (1 - l)^(k+1) of its means is missing: nothing of a slope,
-and with k = 2 an eighth of stripes as fine as the values. A flow that was made at half resolution (DIS makes
-it so) then comes back within about 1/16 px.
+and with k = 2 an eighth of stripes as fine as the values. A smooth flow comes back within about 1/16 px;
+where motions meet it may be pixels off. The rougher the flow, the more is lost: of DIS at 720x1280 in a film
+of traffic, the mean error is 0.05 px with the preset ``medium``, 0.12 with ``fast`` and 0.26 with
+``ultrafast``, and one pixel in a hundred is more than about 0.3, 1.2 and 2 px off.
+
+The steps overshoot at borders: a value can be 2.3 times as large as the largest flow around it.
 """
 
 from __future__ import annotations
@@ -18,9 +22,8 @@ import numpy as np
 from poodle_lightning.data.pixels import Box
 from poodle_lightning.ops.geometry import Size
 
-_STEPS_BACK = (
-    2  # the second still halves the error of real flow; the third gains a quarter, at 1 % more bytes
-)
+# the second still halves the error of real flow; the third gains a quarter, at 1 % more bytes
+_STEPS_BACK = 2
 
 
 @dataclass(frozen=True)

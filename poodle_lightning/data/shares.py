@@ -14,8 +14,10 @@ from typing import Self
 from poodle_lightning.types import UserError
 
 # A launcher's own rank comes before SLURM's: inside a job step that starts one launcher per node, SLURM
-# counts nodes while RANK counts processes.
-_COUNTED = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+# counts nodes while RANK counts processes. Of SLURM's, the size of the *step*, which srun sets: a batch
+# script without srun is one process, though SLURM_PROCID is 0 and SLURM_NTASKS what the job may start.
+_COUNTED = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
+_MOST = 100_000  # shares; every process makes the list of all
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,27 @@ class Share:
         """The share of this process.
 
         A flag comes first, then ``RANK`` of ``WORLD_SIZE`` (torchrun and others), then ``SLURM_PROCID`` of
-        ``SLURM_NTASKS`` (srun); both are needed, and they count from 0. Without any of them all is one share.
+        ``SLURM_STEP_NUM_TASKS`` (srun); both are needed, and they count from 0. Without any of them all is
+        one share.
 
         Args:
             flag: ``i/n``, i from 1 to n; None if it was not given.
             environment: ``os.environ``.
 
         Raises:
-            UserError: not such a share.
+            UserError: not such a share, or of more than 100 000.
         """
         if flag is not None:
             found = re.fullmatch(r"(\d+)/(\d+)", flag)
-            if not found or not 1 <= int(found[1]) <= int(found[2]):
-                raise UserError(f"--shard {flag}: give i/n with i from 1 to n, e.g. 1/4 … 4/4")
+            if not found or not 1 <= int(found[1]) <= int(found[2]) <= _MOST:
+                raise UserError(
+                    f"--shard {flag}: give i/n with i from 1 to n, e.g. 1/4 … 4/4, and n at most {_MOST}"
+                )
             return cls(int(found[1]), int(found[2]), "--shard")
         for rank, size in _COUNTED:
             if environment.get(rank) and environment.get(size):
                 number, count = environment[rank], environment[size]
-                if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+                if not (number.isdecimal() and count.isdecimal() and int(number) < int(count) <= _MOST):
                     raise UserError(
                         f"{rank}={number} of {size}={count} is no share: mend them or give --shard i/n"
                     )

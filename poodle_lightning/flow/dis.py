@@ -84,6 +84,8 @@ class DIS(Configured, FlowEstimator):
 
     def estimate(self, clean: Tensor) -> Flow:
         """Flow of pairs of frames ``(N, 2, 3, H, W)`` in [0, 1] on any device; 2N rows, there then back."""
+        if not len(clean):
+            return Flow.from_pixels(clean.new_zeros((0, 2, *clean.shape[-2:]), dtype=torch.float32))
         frames = (
             (clean.float().clamp(0, 1) * 255).round().byte().permute(0, 1, 3, 4, 2).contiguous().cpu().numpy()
         )

@@ -92,6 +92,8 @@ class RAFT(nn.Module, Configured, FlowEstimator):
     @torch.no_grad()
     def estimate(self, clean: Tensor) -> Flow:
         """Flow of pairs of frames ``(N, 2, 3, H, W)`` in [0, 1]; 2N rows, there then back."""
+        if not len(clean):
+            return Flow.from_pixels(clean.new_zeros((0, 2, *clean.shape[-2:]), dtype=torch.float32))
         with island(clean.device.type):
             parts = [self._both_ways(part).unflatten(0, (2, -1)) for part in clean.split(self.pairs_at_once)]
             return Flow.from_pixels(torch.cat(parts, dim=1).flatten(0, 1))

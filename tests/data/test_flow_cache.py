@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import pickle
 import struct
@@ -14,7 +13,6 @@ import pytest
 
 from poodle_lightning.data import flow_cache
 from poodle_lightning.data.flow_cache import FlowCache
-from poodle_lightning.types import UserError
 
 VIDEO, EST = "0123abcd", "DIS medium"
 
@@ -150,70 +148,6 @@ def test_putting_again_replaces_and_keeps_the_others(tmp_path):
         cache.put(VIDEO, start, start + 0.5, rough(8, 9, seed))
     assert np.abs(cache.get(VIDEO, 0.0, 0.5) - rough(8, 9, 2)).max() < 0.07
     assert np.abs(cache.get(VIDEO, 1.0, 1.5) - rough(8, 9, 1)).max() < 0.07
-
-
-# ---- two forms
-def smooth(height, width, seed=0):
-    ys, xs = np.mgrid[:height, :width].astype(float)
-    c = np.random.default_rng(seed).uniform(2, 9, (4, 2))
-    return np.stack([20 * np.sin(xs / a) * np.cos(ys / b) for a, b in c]).reshape(2, 2, height, width)
-
-
-@pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("form", ["delta", "jpeg"])
-def test_both_forms_are_read_by_the_same_call_as_they_were_promised(tmp_path, form, full):
-    writer, flow = FlowCache(tmp_path, EST, full, form, 80), smooth(33, 47).astype(np.float32)
-    assert writer.put(VIDEO, 0.0, 0.5, flow)
-    box = (3, 4, 20, 17)
-    for reader in (writer, FlowCache(tmp_path, EST, full), FlowCache(tmp_path, None, full, "jpeg")):
-        back = reader.get(VIDEO, 0.0, 0.5, size=(33, 47))
-        np.testing.assert_array_equal(back, writer.rounded(flow))
-        part = reader.get(VIDEO, 0.0, 0.5, box=box)
-        np.testing.assert_array_equal(part, back[..., 4:17, 3:20])
-        np.testing.assert_array_equal(part, writer.rounded(flow, box))
-        assert reader.lacking(VIDEO, [(0.0, 0.5)]) == []
-    assert 1e-3 < np.abs(back - flow).mean() < 3
-
-
-def test_forms_and_qualities_share_a_file_and_quality_is_bought_by_bytes(tmp_path):
-    flow, sizes, errors = smooth(64, 96).astype(np.float32), [], []
-    for second, (form, quality) in enumerate([("jpeg", 30), ("jpeg", 95), ("delta", 95)]):
-        cache = FlowCache(tmp_path, EST, True, form, quality)
-        sizes.append(cache.put_all(VIDEO, [(float(second), second + 0.5, flow)])[1])
-        errors.append(np.abs(cache.get(VIDEO, float(second), second + 0.5) - flow).mean())
-    assert sizes == sorted(sizes)
-    assert errors == sorted(errors, reverse=True)
-    assert len(list(tmp_path.rglob("*.flow"))) == 1
-    assert [FlowCache(tmp_path).get(VIDEO, float(k), k + 0.5) is None for k in range(3)] == [False] * 3
-
-
-def test_only_other_forms_are_named_in_the_header(tmp_path):
-    """Files of before had no forms: theirs is delta, and delta is written as it was then."""
-    cache = FlowCache(tmp_path, EST)
-    cache.put(VIDEO, 0.0, 0.5, affine(16, 20))
-    assert b"form" not in cache.path(VIDEO).read_bytes()
-    before = cache.get(VIDEO, 0.0, 0.5)
-    jpeg = FlowCache(tmp_path, EST, form="jpeg")
-    jpeg.put(VIDEO, 1.0, 1.5, affine(16, 20))
-    assert jpeg.path(VIDEO).read_bytes().count(b'"form":"jpeg"') == 1
-    np.testing.assert_array_equal(cache.get(VIDEO, 0.0, 0.5), before)
-
-
-def test_flow_that_cannot_be_stored_is_promised_as_it_is(tmp_path):
-    flow = affine(8, 8)
-    flow[0, 0, 0, 0] = np.nan
-    cache = FlowCache(tmp_path, EST, form="jpeg")
-    with pytest.warns(RuntimeWarning, match="not finite"):
-        assert not cache.put(VIDEO, 0.0, 0.5, flow)
-    np.testing.assert_array_equal(cache.rounded(flow), flow)
-
-
-def test_unknown_forms_and_qualities_are_refused(tmp_path):
-    with pytest.raises(UserError, match="'png': choose one of delta, jpeg"):
-        FlowCache(tmp_path, EST, form="png")
-    for quality in (0, 101):
-        with pytest.raises(UserError, match="1 to 100"):
-            FlowCache(tmp_path, EST, form="jpeg", quality=quality)
 
 
 # ---- stale
@@ -416,34 +350,6 @@ def test_a_read_only_folder_is_read_and_warns_once(tmp_path):
             assert not cache.put(VIDEO, 1.0, 1.5, affine(8, 8))
     finally:
         folder.chmod(0o755)
-
-
-def write_many(folder, seed, count):
-    cache = FlowCache(folder, EST)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for k in range(count):
-            cache.put(VIDEO, float(k % 4), k % 4 + 0.5, np.full((2, 2, 24, 24), 8.0 * (k % 4), np.float32))
-
-
-def test_two_writers_and_a_reader_never_see_a_torn_file(tmp_path):
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=write_many, args=(tmp_path, seed, 60)) for seed in (1, 2)]
-    for writer in writers:
-        writer.start()
-    cache, seen = FlowCache(tmp_path, EST), 0
-    while any(writer.is_alive() for writer in writers):
-        for k in range(4):
-            flow = cache.get(VIDEO, float(k), k + 0.5)
-            if flow is not None:
-                assert (flow == 8.0 * k).all()
-                seen += 1
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0]
-    assert seen > 0
-    assert cache.lacking(VIDEO, [(float(k), k + 0.5) for k in range(4)]) == []
-    assert len(list(tmp_path.rglob("*.part"))) == 0
 
 
 def test_a_missing_folder_is_empty_and_the_cache_travels_to_workers(tmp_path):

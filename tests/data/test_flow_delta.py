@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from poodle_lightning.data.flow_delta import decode, encode
+from poodle_lightning.data.flow_planes import Part, stored_planes
 from poodle_lightning.data.synthetic import Street
 from poodle_lightning.flow.dis import DIS
 
@@ -68,6 +69,29 @@ def test_estimated_flow_of_a_street_meets_the_goal(estimated):
     assert len(data) / 2 <= 200_000
     assert error.mean() <= 0.15
     assert np.percentile(error, 99) <= 1.0
+
+
+def edge(height):
+    """A motion border between two columns of a 2x2 block."""
+    plane = np.full((16, 24), -height)
+    plane[:, 11:] = height
+    return plane
+
+
+def checker(height):
+    """2x2 blocks that alternate."""
+    return height * np.kron(np.indices((8, 12)).sum(axis=0) % 2 * 2 - 1, np.ones((2, 2)))
+
+
+@pytest.mark.parametrize("plane", [edge(3550.0), edge(4094.0), checker(1800.0), checker(4094.0)])
+def test_what_overshoots_is_cut_off_and_does_not_wrap_around(plane):
+    """The nearest values that 16 bits hold, read bilinearly: at most half a step off in each."""
+    flow = np.broadcast_to(plane, (2, 2, *plane.shape)).astype(np.float32)
+    values = stored_planes(flow, 2)
+    assert np.abs(values).max() > 4096
+    expected = Part(plane.shape, 2).flow(np.clip(values, -32767 / 8, 32767 / 8))
+    back = decode(encode(flow, 2), plane.shape, 2)
+    assert np.abs(back - expected).max() <= 1 / 16 + 1e-3
 
 
 def test_only_the_box_is_read_and_it_is_the_same(estimated):

@@ -69,6 +69,34 @@ def test_constant_flow_is_exact():
         np.testing.assert_allclose(decode(encode(flow, 75, step), SIZE, step), flow, rtol=1e-6)
 
 
+def test_the_smallest_ranges_are_taken_as_constant():
+    """255 / range would be infinite as float32, and 0 times it NaN."""
+    for span in (1e-45, 1e-38, 1e-31):
+        flow = np.zeros((2, 2, *SIZE), np.float32)
+        flow[..., ::2] = span
+        with np.errstate(all="raise", under="ignore"):
+            back = decode(encode(flow), SIZE)
+        assert np.abs(back).max() <= 1.01 * np.float32(span)
+
+
+def test_a_jpeg_that_asks_to_be_turned_is_not():
+    """An Exif block that says orientation 6, a quarter turn, changes no pixel."""
+    size = (48, 48)
+    data = encode(smooth(size=size))
+    tiff = b"MM\x00*\x00\x00\x00\x08" + struct.pack(">HHHIHHI", 1, 0x0112, 3, 1, 6, 0, 0)
+    exif = b"\xff\xe1" + struct.pack(">H", 2 + 6 + len(tiff)) + b"Exif\x00\x00" + tiff
+    turned, place = b"", 0
+    for _ in range(4):
+        low, high, length = struct.unpack_from("<ffI", data, place)
+        image = data[place + 12 : place + 12 + length]
+        turned += struct.pack("<ffI", low, high, length + len(exif)) + image[:2] + exif + image[2:]
+        place += 12 + length
+    image = cv2.imdecode(np.frombuffer(turned[12:], np.uint8), cv2.IMREAD_GRAYSCALE)
+    plain = cv2.imdecode(np.frombuffer(data[12:], np.uint8), cv2.IMREAD_GRAYSCALE)
+    assert (image != plain).any()  # who does not refuse it, turns
+    np.testing.assert_array_equal(decode(turned, size), decode(data, size))
+
+
 @pytest.mark.parametrize("size", [(48, 80), (33, 47)])
 def test_half_resolution_reads_between_its_values(size):
     flow = smooth(size=size, scale=10.0)

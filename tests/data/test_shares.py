@@ -53,6 +53,16 @@ def test_videos_of_one_weight_are_dealt_out_evenly():
         assert sorted(len(share) for share in split(weights, 4)) == [2, 3, 3, 3]
 
 
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_videos_of_one_weight_are_dealt_out_by_name_in_whatever_order_they_come(weight):
+    weights = dict.fromkeys((f"{number:02d}.mp4" for number in range(30)), weight)
+    dealt = [sorted(weights)[start::4] for start in range(4)]  # like cards
+    names = list(weights)
+    orders = [names, names[::-1], [str(name) for name in np.random.default_rng(1).permutation(names)]]
+    for order in orders:
+        assert split(dict.fromkeys(order, weight), 4) == dealt
+
+
 def test_depends_on_names_and_weights_alone():
     weights = videos(30) | {"same a": 10.0, "same b": 10.0, "same c": 10.0}
     expected = split(weights, 4)
@@ -83,7 +93,7 @@ def test_a_share_takes_its_part():
 
 
 # ---- who decides
-SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "8"}
+SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS": "16"}
 RANK = {"RANK": "5", "WORLD_SIZE": "6"}
 
 
@@ -97,7 +107,7 @@ RANK = {"RANK": "5", "WORLD_SIZE": "6"}
         (None, RANK, (6, 6)),
         (None, SLURM | RANK, (6, 6)),
         (None, SLURM | {"RANK": "3"}, (2, 8)),  # half of a pair says nothing
-        (None, {"SLURM_NTASKS": "8"}, (1, 1)),
+        (None, {"SLURM_STEP_NUM_TASKS": "8"}, (1, 1)),
     ],
 )
 def test_the_flag_comes_first_then_the_launcher_then_slurm(flag, environment, expected):
@@ -107,13 +117,20 @@ def test_the_flag_comes_first_then_the_launcher_then_slurm(flag, environment, ex
     assert bool(share.origin) == bool(flag or len(environment) > 1)
 
 
-@pytest.mark.parametrize("flag", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0", ""])
+@pytest.mark.parametrize("flag", ["0/4", "5/4", "1", "a/b", "-1/4", "1/0", "", "1/300000000"])
 def test_a_flag_that_is_no_share_is_refused(flag):
     with pytest.raises(UserError, match="i/n"):
         Share.find(flag, {})
 
 
+def test_a_batch_script_without_srun_has_all_the_work():
+    """It is one process of a job that may start eight: nobody would do the other shares."""
+    assert Share.find(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Share()
+
+
 @pytest.mark.parametrize("rank", ["8", "x", "-1"])
 def test_an_environment_that_is_no_share_is_refused(rank):
     with pytest.raises(UserError, match=r"SLURM_PROCID=.* --shard"):
-        Share.find(None, {"SLURM_PROCID": rank, "SLURM_NTASKS": "8"})
+        Share.find(None, {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "8"})
+    with pytest.raises(UserError, match=r"WORLD_SIZE=300000000 .* --shard"):
+        Share.find(None, {"RANK": "1", "WORLD_SIZE": "300000000"})

@@ -84,6 +84,11 @@ def test_estimator_puts_all_pairs_there_before_all_pairs_back():
     np.testing.assert_allclose(flow, np.stack([first[0], second[0], first[1], second[1]]), atol=1e-5)
 
 
+def test_no_pairs_have_no_flow():
+    flow = DIS().estimate(torch.zeros(0, 2, 3, HEIGHT, WIDTH))
+    assert flow.to_pixels().shape == (0, 2, HEIGHT, WIDTH)
+
+
 def test_estimator_keeps_the_flow_that_the_clip_has():
     given = torch.full((2, 2, 2, HEIGHT, WIDTH), torch.nan)
     given[1] = 7.0

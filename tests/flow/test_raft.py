@@ -325,6 +325,12 @@ def test_is_an_estimator_plain_data_and_copies(weights):
         assert torch.equal(other.estimate(clean).displacement, raft.estimate(clean).displacement)
 
 
+def test_no_pairs_have_no_flow():
+    flow = RAFT("small", None, 1).estimate(torch.zeros(0, 2, 3, *SIZE))
+    assert flow.displacement.shape == RAFT("small", None, 1).estimate(frames(1)).displacement[:0].shape
+    assert flow.displacement.dtype == torch.float32
+
+
 def one_line(caught):
     assert "\n" not in str(caught.value)
 
