@@ -139,7 +139,8 @@ class Clip:
         """The training crops in [0, 1], ``(B, T, 3, *size)`` float32: one sampling of the raw pixels.
 
         Planes are made into RGB first, on the device, rounded as bytes of RGB are: both forms of a clip
-        differ by at most a level before they are sampled, where FFmpeg's converter rounds otherwise.
+        differ by at most one level (two in a few of a million pixels) before they are sampled, where FFmpeg's
+        converter rounds otherwise.
         """
         batch, count = self.frames.shape[:2]
         window = Affine(self.window.matrix.repeat_interleave(count, dim=0))

@@ -70,9 +70,12 @@ def run(args: argparse.Namespace, build: Build) -> int:
     counts = ", ".join(
         f"{count} {reason}" for reason, count in Counter(s.reason for s in refused).most_common()
     )
-    print(f"\n{len(videos)} videos, {hours:.2f} h" + (f"; not usable: {counts}" if counts else ""))
+    noun = "video" if len(videos) == 1 else "videos"
+    print(f"\n{len(videos)} {noun}, {hours:.2f} h" + (f"; not usable: {counts}" if counts else ""))
     if args.measure and videos:
-        print("\n" + _price(videos, args.measure, args.pairs_per_s))
+        price, faults = _price(videos, args.measure, args.pairs_per_s)
+        print("\n" + price)
+        refused += faults
     return 1 if refused else 0
 
 
@@ -108,17 +111,37 @@ def _megabytes(path: str) -> str:
     return "-"
 
 
-def _price(videos: Sequence[VideoInfo], most: int, pairs_per_s: float) -> str:
-    """What a pair costs, how many cores one GPU needs, and whether re-encoding would help."""
-    from poodle_lightning.data.cost import cores_for, frames_per_pair, measure_some, together
+def _price(videos: Sequence[VideoInfo], most: int, pairs_per_s: float) -> tuple[str, list[Skip]]:
+    """What a pair costs, how many cores one GPU needs, and whether re-encoding would help.
 
-    costs = measure_some([video.path for video in videos], most)
-    if not costs:
-        return "the price of a pair was not measured: frames 1 s apart are needed, and no video is that long"
+    Also the videos that turn out to be damaged: the table is made from timestamps and first frames alone.
+    """
+    from poodle_lightning.data.cost import TOO_SHORT, measure_each, spread
+
+    found = measure_each([videos[place].path for place in spread(len(videos), most)])
+    costs = [one for one in found if not isinstance(one, Skip)]
+    faults = [one for one in found if isinstance(one, Skip) and one.reason != TOO_SHORT]
+    lines = [f"{skip.path}: {skip.reason}: {skip.detail}" for skip in faults]
+    if costs:
+        lines += _prices(costs, pairs_per_s)
+    elif faults:
+        lines.append("the price of a pair was not measured: none of the videos that were tried can be read")
+    else:
+        lines.append(
+            "the price of a pair was not measured: frames 1 s apart are needed, and none of the videos that "
+            "were tried is that long"
+        )
+    return "\n".join(lines), faults
+
+
+def _prices(costs: Sequence[Cost], pairs_per_s: float) -> list[str]:
+    from poodle_lightning.data.cost import cores_for, frames_per_pair, together
+
     rate = together(costs)
     cores = cores_for(pairs_per_s, rate)
+    noun = "video" if len(costs) == 1 else "videos"
     lines = [
-        f"a pair of frames 0.5 to 1 s apart, the crop of it, one thread (measured on {len(costs)} videos):",
+        f"a pair of frames 0.5 to 1 s apart, the crop of it, one thread (measured on {len(costs)} {noun}):",
         *_rows(costs),
         f"one GPU that trains on {pairs_per_s:g} pairs/s needs pairs/s ÷ pairs per CPU-second ="
         f" {pairs_per_s:g} ÷ {rate:.1f} = {cores:.1f} cores for reading (for another speed: --pairs-per-s)",
@@ -131,7 +154,7 @@ def _price(videos: Sequence[VideoInfo], most: int, pairs_per_s: float) -> str:
             f"key frames are far apart: with one every {_SHORT_GOP} frames a pair would take {then:.0f}"
             f" decoded frames in place of {now:.0f}; `poodle-lightning prepare` re-encodes a folder so"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _rows(costs: Sequence[Cost]) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import time
 from collections import Counter
@@ -20,12 +19,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from poodle_lightning.commands._prepare_figures import Plan, counted, forecast, gain
 from poodle_lightning.types import UserError
 
 if TYPE_CHECKING:
     from poodle_lightning.commands import Build
     from poodle_lightning.data.index import Index
-    from poodle_lightning.data.info import VideoInfo
     from poodle_lightning.data.prepare import Job, Outcome
     from poodle_lightning.data.prepared import Made, Settings
 
@@ -91,9 +90,9 @@ def run(args: argparse.Namespace, build: Build) -> int:
         index = build_index(root, workers=0 if workers == 1 else workers)
     except UserError as error:
         raise UserError(str(error).replace("--data.root", "--root")) from error
-    plan = _plan(index, out, settings)
+    plan = _planned(index, out, settings)
     if args.dry_run:
-        print(_forecast(plan, workers))
+        print(forecast(plan, workers))
         return 0
     began = time.monotonic()
     total = _make(plan, workers)
@@ -104,28 +103,16 @@ def run(args: argparse.Namespace, build: Build) -> int:
         raise UserError(f"none of the {len(index.videos)} videos in {root} could be prepared: see above")
     film = sum(made.seconds for made in total.made)
     print(
-        f"{out}: {len(total.made)} videos made in {seconds:.1f} s ({film / seconds:.1f} × real time), "
+        f"{out}: {counted(len(total.made), 'video')} made in {seconds:.1f} s "
+        f"({film / seconds:.1f} × real time), "
         f"{len(plan.kept)} were there, {len(total.skipped) + len(index.refused)} left out"
     )
-    print(_gain(plan, total.made, args.measure, args.pairs_per_s))
-    return 1 if total.skipped or index.refused else 0
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What there is, what is to be made, and what stands already."""
-
-    index: Index
-    out: Path
-    settings: Settings
-    jobs: list[Job]
-    kept: list[Made]
-    known: dict[str, Made]
-
-    @property
-    def infos(self) -> dict[str, VideoInfo]:
-        """Videos by path."""
-        return {video.path: video for video in self.index.videos}
+    table, faults = gain(plan, total.made, args.measure, args.pairs_per_s)
+    print(table)
+    if faults:
+        lines = (f"  {skip.path}: {skip.reason}: {skip.detail}" for skip in faults)
+        print("\n".join(["could not be read when measured:", *lines]), file=sys.stderr)
+    return 1 if total.skipped or index.refused or faults else 0
 
 
 @dataclass
@@ -138,7 +125,7 @@ class _Total:
 
 def _settings(args: argparse.Namespace) -> Settings:
     from poodle_lightning.data.prepare import try_settings
-    from poodle_lightning.data.prepared import Settings
+    from poodle_lightning.data.prepared import Settings, WrongSetting
 
     if args.workers < 0 or args.measure < 0 or not args.pairs_per_s > 0:
         raise UserError("--workers and --measure are at least 0, --pairs-per-s is above 0")
@@ -147,9 +134,13 @@ def _settings(args: argparse.Namespace) -> Settings:
     try:
         settings = Settings(**sides, **coded, every=args.every)
         try_settings(settings)
-    except (ValueError, OSError) as error:
-        chosen = " ".join(f"--{name} {value}" for name, value in coded.items())
-        raise UserError(f"{chosen}: {error}") from error
+    except WrongSetting as error:
+        raise UserError(f"--{error.name.replace('_', '-')} {error.value}: {error.advice}") from error
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(
+            f"the folder for temporary files cannot be written ({reason}): make room, or set TMPDIR"
+        ) from error
     return settings
 
 
@@ -174,7 +165,7 @@ def _check_folders(root: Path, out: Path) -> None:
                 raise UserError(f"--out {out} holds videos that were not made here: choose an empty folder")
 
 
-def _plan(index: Index, out: Path, settings: Settings) -> _Plan:
+def _planned(index: Index, out: Path, settings: Settings) -> Plan:
     from poodle_lightning.data.prepare import Job
     from poodle_lightning.data.prepared import load, names
 
@@ -191,15 +182,15 @@ def _plan(index: Index, out: Path, settings: Settings) -> _Plan:
     sizes = {video.path: video.frames * video.width * video.height for video in index.videos}
     # the longest first: at the end no core waits for one that was begun last
     jobs.sort(key=lambda job: -sizes[job.source])
-    return _Plan(index, out, settings, jobs, kept, known)
+    return Plan(index, out, settings, jobs, kept, known)
 
 
-def _make(plan: _Plan, workers: int) -> _Total:
+def _make(plan: Plan, workers: int) -> _Total:
     """All videos, several at a time, with a bar; what is made is written down at once."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from poodle_lightning.data.prepared import FILE_NAME, note
+    from poodle_lightning.data.prepared import note, working_in
 
     infos, every = plan.infos, plan.settings.every
     frames = sum(-(-infos[job.source].frames // every) for job in plan.jobs)
@@ -207,8 +198,9 @@ def _make(plan: _Plan, workers: int) -> _Total:
     columns = (TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         plan.out.mkdir(parents=True, exist_ok=True)
-        (plan.out / FILE_NAME).touch()
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        names = [job.made for job in plan.jobs] + [made.made for made in plan.kept]
+        bar = Progress(*columns, console=Console(stderr=True))
+        with working_in(plan.out, names), bar:
             task = bar.add_task("prepare", total=frames)
             outcomes = _outcomes(plan.jobs, workers, lambda done: bar.update(task, completed=done))
             with closing(outcomes):
@@ -270,7 +262,7 @@ def _outcomes(jobs: Sequence[Job], workers: int, show: Callable[[int], object]) 
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _say_skipped(total: _Total, plan: _Plan) -> None:
+def _say_skipped(total: _Total, plan: Plan) -> None:
     lines = [f"{skip.path}: {skip.reason}: {skip.detail}" for skip in plan.index.refused]
     lines += [f"{one.job.source}: {one.reason}: {one.detail}" for one in total.skipped]
     if lines:
@@ -286,102 +278,13 @@ def _say_skipped(total: _Total, plan: _Plan) -> None:
             print(f"  and {len(lines) - _SHOWN} more", file=sys.stderr)
 
 
-def _say_stale(total: _Total, plan: _Plan) -> None:
+def _say_stale(total: _Total, plan: Plan) -> None:
     standing = {made.made for made in (*total.made, *plan.kept)}
     earlier = sorted(made.made for made in plan.known.values() if made.made not in standing)
     stale = [name for name in earlier if (plan.out / name).is_file()]
     if stale:
         print(
-            f"{len(stale)} earlier videos in {plan.out} are of no video that is now in {plan.index.root} "
-            f"but would be trained on: remove them if that is not wanted; the first is {stale[0]}",
+            f"{counted(len(stale), 'earlier video')} in {plan.out}, made of what is no longer in "
+            f"{plan.index.root}, would be trained on: remove what is not wanted; the first is {stale[0]}",
             file=sys.stderr,
         )
-
-
-def _gain(plan: _Plan, fresh: Sequence[Made], measured: int, pairs_per_s: float) -> str:
-    """A table: size, key frames, pairs per CPU-second and cores, before and after."""
-    from poodle_lightning.data.cost import cores_for, measure_some, together
-
-    videos = sorted((*fresh, *plan.kept), key=lambda made: made.source)
-    sizes = [sum(made.bytes[i] for made in videos) for i in (0, 1)]
-    gops = [sum(made.gop[i] for made in videos) / len(videos) for i in (0, 1)]
-    rows = [
-        ("", "before", "after", ""),
-        ("size", *(_size(size) for size in sizes), f"{sizes[1] / sizes[0]:.2f} ×"),
-        ("frames between key frames", *(f"{gop:.0f}" for gop in gops), ""),
-    ]
-    note = "lowest PSNR of the frames that were compared: " + f"{min(made.psnr for made in videos):.1f} dB"
-    before = measure_some([os.path.join(plan.index.root, made.source) for made in videos], measured)
-    after = measure_some([str(plan.out / made.made) for made in videos], measured)
-    if before and after:
-        rates = together(before), together(after)
-        cores = [cores_for(pairs_per_s, rate) for rate in rates]
-        rows.append(
-            ("pairs per CPU-second", *(f"{rate:.1f}" for rate in rates), f"{rates[1] / rates[0]:.1f} ×")
-        )
-        rows.append((f"cores for {pairs_per_s:g} pairs/s", *(f"{number:.1f}" for number in cores), ""))
-        note += f"; pairs measured on {len(after)} videos, frames 0.5 to 1 s apart"
-    elif measured:
-        note += "; pairs per CPU-second not measured: the videos are too short"
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        row[0].ljust(widths[0])
-        + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        for row in rows
-    ]
-    return "\n".join([*(line.rstrip() for line in lines), note])
-
-
-def _forecast(plan: _Plan, workers: int) -> str:
-    """What would be made, how large, and how long it would take."""
-    from poodle_lightning.data.cost import frames_per_pair
-    from poodle_lightning.data.info import DecodeError
-    from poodle_lightning.data.prepare import estimate
-
-    settings, infos = plan.settings, plan.infos
-    videos = [infos[job.source] for job in plan.jobs]
-    lines = [
-        f"{len(videos)} videos to make, {sum(v.duration for v in videos) / 3600:.2f} h, "
-        f"{_size(sum(os.path.getsize(v.path) for v in videos))}; {len(plan.kept)} are there, "
-        f"{len(plan.index.refused)} cannot be read"
-    ]
-    if not videos:
-        return lines[0]
-    for (old, new), number in Counter(
-        ((v.width, v.height), settings.size(v.width, v.height)) for v in videos
-    ).most_common(5):
-        lines.append(f"  {number} of {old[0]}x{old[1]} to {new[0]}x{new[1]}")
-    sample = videos[len(videos) // 2]
-    try:
-        per_frame, seconds = estimate(sample.path, settings)
-    except (DecodeError, ValueError) as error:
-        raise UserError(f"the sample {sample.path} cannot be re-encoded: {error}") from error
-
-    def scaled(new: bool) -> float:
-        """Frames of all videos, each by its size against the sample's."""
-        areas = [_area(v, settings, new) * -(-v.frames // settings.every) for v in videos]
-        return sum(areas) / _area(sample, settings, new)
-
-    free = shutil.disk_usage(
-        next(path for path in (plan.out, *plan.out.absolute().parents) if path.exists())
-    ).free
-    busy = min(workers, len(videos))
-    minutes = scaled(new=False) * seconds / busy / 60
-    now = frames_per_pair(max(1.0, sample.gop), sample.fps)
-    then = frames_per_pair(settings.gop, sample.fps / settings.every)
-    lines += [
-        f"from a sample of {sample.path}:",
-        f"  about {_size(scaled(new=True) * per_frame)} ({_size(free)} are free)",
-        f"  about {minutes:.1f} minutes with {busy} workers",
-        f"  decoded frames for a pair, 0.5 to 1 s apart: {now:.0f} now, {then:.0f} then",
-    ]
-    return "\n".join(lines)
-
-
-def _area(video: VideoInfo, settings: Settings, new: bool) -> int:
-    width, height = settings.size(video.width, video.height) if new else (video.width, video.height)
-    return width * height
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"

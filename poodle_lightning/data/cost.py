@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -32,6 +31,10 @@ from poodle_lightning.data.prepare import in_order
 from poodle_lightning.data.sampling import TooShort
 from poodle_lightning.data.windows import PAPER_AREA, WindowRule, inside_frame
 from poodle_lightning.ops.random import key_of, uniform
+from poodle_lightning.types import Skip
+
+# The reason that is no fault of a video.
+TOO_SHORT = "too_short"
 
 # Frames decoded in a row to measure the price of one.
 _PLAIN_FRAMES = 90
@@ -106,15 +109,25 @@ def together(costs: Sequence[Cost]) -> float:
     return len(costs) / sum(1 / cost.pairs_per_cpu_s for cost in costs)
 
 
-def measure_some(
-    paths: Sequence[str], most: int, gap: tuple[float, float] = (0.5, 1.0), pairs: int = 8
-) -> list[Cost]:
-    """``measure`` for ``most`` videos spread evenly over a list; those that cannot be used are left out."""
-    places = {round(k) for k in np.linspace(0, len(paths) - 1, min(most, len(paths)))} if paths else set()
-    found = []
-    for place in sorted(places):
-        with suppress(DecodeError, TooShort, OSError):
-            found.append(measure(paths[place], gap, pairs))
+def spread(count: int, most: int) -> list[int]:
+    """Which of ``count`` videos to measure: ``most`` of them, evenly spread."""
+    return sorted({round(k) for k in np.linspace(0, count - 1, min(most, count))}) if count else []
+
+
+def measure_each(
+    paths: Sequence[str], gap: tuple[float, float] = (0.5, 1.0), pairs: int = 8
+) -> list[Cost | Skip]:
+    """``measure`` for each video, or why it cannot be: a reason of ``data/info.py``, or ``too_short``."""
+    found: list[Cost | Skip] = []
+    for path in paths:
+        try:
+            found.append(measure(path, gap, pairs))
+        except DecodeError as error:
+            found.append(Skip(path, error.reason, error.detail, error.time))
+        except TooShort as error:
+            found.append(Skip(path, TOO_SHORT, str(error)))
+        except OSError as error:
+            found.append(Skip(path, "unreadable", error.strerror or type(error).__name__))
     return found
 
 

@@ -2,7 +2,9 @@
 
 Frame numbers and frame rates never address a frame, so variable rates, streams that do not start at zero and
 containers that lie about their length give the right pixels. What comes back is bit-equal to a sequential
-decode of the whole file, or a :class:`DecodeError` with a stable reason (the table in ``data/info.py``).
+decode of the whole file, or a :class:`DecodeError` with a stable reason (the table in ``data/info.py``): as
+far as the decoder sees damage. Flipped bits may form a valid stream of other pixels, and a frame is handed
+over before later packets, which might have shown the damage, are decoded.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +23,7 @@ import numpy as np
 from poodle_lightning.data.decoding import Decoding
 from poodle_lightning.data.info import DecodeError, VideoInfo, check_file, fingerprint, starts_as_video
 from poodle_lightning.data.pixels import Box, Piece, one_box_each, piece, rgb, rotation_of
-from poodle_lightning.data.timeline import KeyFrames, check_times, timeline
+from poodle_lightning.data.timeline import KeyFrames, check_times, header_tells_all, timeline
 
 __all__ = ["MAX_PIXELS", "Box", "DecodeError", "VideoInfo", "VideoReader", "probe"]
 
@@ -34,7 +36,6 @@ _TIMEOUT = 30.0
 # Files whose header may make it needless to decode a frame while opening, and the options that leave it out.
 _BRIEF = {".mp4", ".m4v", ".mov"}
 _NO_PROBING = {"skip_frame": "all", "probesize": "65536"}
-_REORDERED_WITHIN = 24
 # Where a container has no index, running on this far is preferred to a blind jump.
 _BLIND_SECONDS = 10.0
 _RETREATS = 6
@@ -78,6 +79,7 @@ class VideoReader:
         self._bytes = check_file(self.path)
         self._info: VideoInfo | None = None
         self._container: Any = None
+        self._brief = Path(self.path).suffix.lower() in _BRIEF
         self._open()
         start = self._stream.start_time
         self._origin = self._first_pts() if start is None else int(start)
@@ -163,12 +165,19 @@ class VideoReader:
         """Open the file and pick its stream.
 
         FFmpeg decodes a frame to learn about a stream, which costs 20 times the rest of opening; here only
-        where the header says too little.
+        where the header says too little, or turned out to be wrong.
         """
-        brief = Path(self.path).suffix.lower() in _BRIEF
-        self._open_container(_NO_PROBING if brief else {})
-        if brief and not self._header_tells_all():
+        if self._brief:
+            self._open_container(_NO_PROBING)
+            with self._guarded():
+                self._brief = header_tells_all(self._container, self._videos(), self._max_pixels)
+        if not self._brief:
             self._open_container({})
+        try:
+            self._stream = self._pick_stream()
+        except DecodeError:
+            self.close()
+            raise
         context = self._stream.codec_context
         # "explode": damage inside a packet is an error, not a frame patched from its neighbours.
         context.options = {"max_pixels": str(self._max_pixels), "err_detect": "explode"}
@@ -194,29 +203,12 @@ class VideoReader:
         except (av.error.FFmpegError, EOFError) as error:
             raise _opening_error(error, self.path) from error
         self._reset()
-        try:
-            self._stream = self._pick_stream()
-        except DecodeError:
-            self.close()
-            raise
 
-    def _header_tells_all(self) -> bool:
-        """Whether the decoder knows from the header how far frames are out of order, as it would by decoding.
-
-        MP4 and MOV tell it of H.264. A depth of nothing may also mean that nothing is known.
-        """
-        context = self._stream.codec_context
-        if context.name != "h264" or not self._container.format.name.startswith("mov") or 0 in self._size:
-            return False
-        if context.reorder_depth > 0:
-            return True
-        with self._guarded():
-            first = islice(self._container.demux(self._stream), _REORDERED_WITHIN)
-            stamps = [packet.pts for packet in first if packet.size]
-        return None not in stamps and stamps == sorted(stamps)
+    def _videos(self) -> list[Any]:
+        return [s for s in self._container.streams.video if not s.disposition & _COVER_ART]
 
     def _pick_stream(self) -> Any:
-        videos = [s for s in self._container.streams.video if not s.disposition & _COVER_ART]
+        videos = self._videos()
         if not videos:
             raise DecodeError("no_video_stream", "the file holds no video stream")
         if any(s.codec_context is None for s in videos):
@@ -275,6 +267,10 @@ class VideoReader:
         while True:
             while run.ready:
                 frame = run.ready.popleft()
+                if self._brief and (frame.width, frame.height) != self._size:
+                    self._brief = False  # the header is wrong: go by what the frames say
+                    self._open()
+                    return self._at(ticks, keep)
                 if run.emptied and frame.interlaced_frame:
                     break  # perhaps one field of two
                 later = run.built_on(frame)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # at run time it would bring torch into processes that only d
 
 # No frame of any codec here is shown before one that was sent more than 16 packets earlier (H.264, H.265).
 _REORDER = 16
+# Decoders that take "leave out what nothing is built on" for each packet anew. libdav1d (AV1) reads it once,
+# when it opens, and drops such frames for good; of other decoders none was seen to leave anything out.
+SKIPPING = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 
 
 class Decoding:
@@ -53,6 +56,7 @@ class Decoding:
         self._damaged = False
         self._goals: deque[int] = deque()
         self._keep = True
+        self._skips = context.name in SKIPPING
 
     @property
     def place(self) -> float | None:
@@ -78,7 +82,7 @@ class Decoding:
         pts = packet.pts
         wanted = pts is None or bool(self._goals and pts >= self._goals[0])
         # Frames that nothing is built on need not be decoded before the one that is asked for.
-        self._context.skip_frame = "DEFAULT" if wanted else "NONREF"
+        self._context.skip_frame = "NONREF" if self._skips and not wanted else "DEFAULT"
         if pts is not None and not packet.is_discard:
             self._recent.append(pts)
             if wanted:

@@ -13,11 +13,19 @@ from typing import Any
 import av
 import numpy as np
 
+# What FFmpeg raises; some of it is an OSError or a ValueError too.
+EncoderError = av.error.FFmpegError
 # A clock fine enough for any frame's own time, as MPEG systems use it.
 _FREE_CLOCK = Fraction(1, 90_000)
 _HAS_CRF = {"libx264", "libx265", "libsvtav1", "libvpx-vp9"}
-_HAS_PRESET = {"libx264", "libx265"}
+HAS_PRESET = frozenset({"libx264", "libx265"})
+# By the documentation of x264; x265 takes the same names.
+PRESETS = (
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+)  # fmt: skip
 _EVEN_ONLY = {"libx264", "libx265", "libsvtav1"}
+# Characters that ``tempfile`` puts into a name.
+_RANDOM = 8
 # The build that comes with PyAV 18 writes past its buffers for frames of 48 columns or less, and the process
 # dies, now or later; from 56 on a checking allocator finds nothing.
 _X265_WIDTH = 56
@@ -57,6 +65,14 @@ def coding(path: str | Path) -> Coding:
         base = stream.time_base
         clock = Fraction(int(base.numerator), int(base.denominator))
         return Coding(stream.codec_context.codec.name, stream.codec_context.pix_fmt or "", clock)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether FFmpeg knows a video encoder of this name."""
+    try:
+        return bool(av.codec.Codec(name, "w").type == "video")
+    except ValueError:
+        return False
 
 
 def write_video(
@@ -103,7 +119,7 @@ def write_video(
         OSError: the file cannot be written.
     """
     path = Path(path)
-    handle, part = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix, dir=path.parent)
+    handle, part = tempfile.mkstemp(prefix=_beginning(path), suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         with av.open("file:" + os.path.abspath(part), "w") as container:
@@ -131,6 +147,25 @@ def write_video(
         if isinstance(error, av.error.FFmpegError) and not isinstance(error, (OSError, ValueError)):
             raise ValueError(f"the encoder {codec} failed: {error}") from error
         raise
+
+
+def leftovers(paths: Iterable[str | Path]) -> list[Path]:
+    """Half-written files beside these paths, of calls of ``write_video`` that are killed or still at work."""
+    wanted: dict[Path, set[tuple[str, str]]] = {}
+    for path in map(Path, paths):
+        wanted.setdefault(path.parent, set()).add((_beginning(path), path.suffix))
+    found = []
+    for folder, kinds in wanted.items():
+        for file in folder.iterdir() if folder.is_dir() else ():
+            beginning, suffix = file.name[: -len(file.suffix) - _RANDOM], file.suffix
+            if (beginning, suffix) in kinds and file.is_file():
+                found.append(file)
+    return sorted(found)
+
+
+def _beginning(path: Path) -> str:
+    """How the name of an unfinished file begins; ``_RANDOM`` characters and the suffix follow."""
+    return f".{path.stem[:40]}."
 
 
 def _encode(container: Any, stream: Any, frames: Iterable[np.ndarray], times: Sequence[float] | None) -> None:
@@ -182,7 +217,7 @@ def _options(codec: str, crf: int, gop: int | None, preset: str) -> dict[str, st
     options: dict[str, str] = {}
     if codec in _HAS_CRF:
         options["crf"] = str(crf)
-    if codec in _HAS_PRESET:
+    if codec in HAS_PRESET:
         options["preset"] = preset
     if codec == "libx264":
         # else it differs between machines, and in the last bits between runs

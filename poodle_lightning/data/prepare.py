@@ -7,6 +7,7 @@ which they are shown, and their own times, to the tick. What is not: sound and o
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import tempfile
@@ -20,16 +21,17 @@ from typing import Any
 
 import numpy as np
 
-from poodle_lightning.data.decode import VideoReader
-from poodle_lightning.data.encode import coding, write_video
+from poodle_lightning.data.decode import VideoReader, probe
+from poodle_lightning.data.encode import EncoderError, coding, is_encoder, write_video
 from poodle_lightning.data.info import DecodeError, VideoInfo
-from poodle_lightning.data.prepared import Made, Settings
+from poodle_lightning.data.prepared import Made, Settings, WrongSetting
 
 # Frames of each video that are compared with the source, and the least PSNR of their brightness, dB. It tells
 # a wrong or broken picture from a coarse one: unlike frames lie near 10 dB, crf 20 near 40.
 _COMPARED, _LEAST_PSNR = 5, 20.0
 # Frames encoded to estimate size and time.
 _SAMPLED = 96
+_ENCODERS = "choose libx264, libx265 or libsvtav1"
 
 
 class Mismatch(Exception):
@@ -180,24 +182,32 @@ def try_settings(settings: Settings) -> None:
     """Encode a few small frames, with a cut among them, to see whether the encoder obeys.
 
     Raises:
-        ValueError: no such encoder or preset, or key frames elsewhere than asked.
+        WrongSetting: no such encoder, it refuses, or it puts key frames elsewhere than asked.
+        OSError: the folder for temporary files cannot be written.
     """
+    if not is_encoder(settings.codec):
+        advice = f"FFmpeg has no video encoder of this name; {_ENCODERS}"
+        raise WrongSetting("codec", settings.codec, advice)
     length = settings.gop + 2
     draw = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
     scenes = [np.kron(scene, np.ones((8, 8, 1), np.uint8)) for scene in draw]
     images = (np.roll(scenes[2 * k > length], k, 1) for k in range(length))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trial.mp4"
-        write_video(path, images, 30, times=[k / 30 for k in range(length)], **_options(settings))
         try:
-            with VideoReader(path) as reader:
-                found = reader.info
+            write_video(path, images, 30, times=[k / 30 for k in range(length)], **_options(settings))
+            found = probe(path)
         except DecodeError as error:
-            raise ValueError(f"what {settings.codec} writes cannot be read: {error.detail}") from error
+            advice = f"what it writes cannot be read ({error.detail}); {_ENCODERS}"
+            raise WrongSetting("codec", settings.codec, advice) from error
+        except (ValueError, EncoderError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            advice = f"here it does not encode film with frames at times of their own into MP4; {_ENCODERS}"
+            raise WrongSetting("codec", settings.codec, advice) from error
     if found.frames != length or abs(found.gop - settings.gop) > 0.5:
-        raise ValueError(
-            f"{settings.codec} does not keep to a key frame every {settings.gop} frames: choose another codec"
-        )
+        advice = f"it does not keep to a key frame every {settings.gop} frames; {_ENCODERS}"
+        raise WrongSetting("codec", settings.codec, advice)
 
 
 # -- in other processes
@@ -279,8 +289,9 @@ class _Frames:
             Mismatch: it differs.
         """
         try:
+            self.result = info = probe(path)
+            # another reader than the one that measures, and no first frame before: as in training
             with VideoReader(path) as reader:
-                self.result = info = reader.info
                 if info.frames != len(self.times):
                     raise Mismatch(f"{info.frames} frames were written of {len(self.times)}")
                 if abs(info.duration - self.times[-1]) > float(self.clock) / 2:
@@ -293,7 +304,10 @@ class _Frames:
         except DecodeError as error:
             raise Mismatch(f"the new file cannot be read: {error}") from error
         if self.psnr < _LEAST_PSNR:
-            raise Mismatch(f"frames differ from the source, PSNR {self.psnr:.1f} dB: lower the crf")
+            raise Mismatch(
+                f"frames differ from the source (PSNR {self.psnr:.1f} dB): the encoder wrote other pictures, "
+                f"or crf {self._settings.crf} is too coarse for this film"
+            )
 
     def _made(self) -> Iterator[np.ndarray]:
         import cv2

@@ -8,17 +8,35 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
+from poodle_lightning.data.encode import HAS_PRESET, PRESETS, leftovers
 from poodle_lightning.data.info import fingerprint
 
 FILE_NAME = "prepared.jsonl"
 # Raised when the same settings would give another file.
 _FORMAT = 1
+# The coarsest quality of an encoder; of others 63.
+_CRF = {"libx264": 51, "libx265": 51}
+
+
+class WrongSetting(ValueError):
+    """A setting that cannot be used.
+
+    Args:
+        name: of the field of :class:`Settings`.
+        value: that was given.
+        advice: what is wrong and what to choose.
+    """
+
+    def __init__(self, name: str, value: object, advice: str) -> None:
+        super().__init__(f"{name} {value}: {advice}")
+        self.name, self.value, self.advice = name, value, advice
 
 
 @dataclass(frozen=True)
@@ -35,7 +53,8 @@ class Settings:
         every: keep one frame of so many.
 
     Raises:
-        ValueError: a number is out of range, or both sides are given.
+        WrongSetting: a number is out of range, or the preset is none.
+        ValueError: both sides are given.
     """
 
     height: int | None = None
@@ -49,12 +68,18 @@ class Settings:
     def __post_init__(self) -> None:
         if self.height is not None and self.short_side is not None:
             raise ValueError("height and short side are two ways to give a size: use one of them")
-        for side in (self.height, self.short_side):
+        for name, side in (("height", self.height), ("short_side", self.short_side)):
             if side is not None and (side < 2 or side % 2):
-                raise ValueError(f"a side of {side} px: give an even number, at least 2")
-        if min(self.gop, self.every) < 1 or not 0 <= self.crf <= 63:
-            raise ValueError(
-                f"gop {self.gop} and every {self.every} are at least 1, crf {self.crf} is between 0 and 63"
+                raise WrongSetting(name, side, "give an even number of pixels, at least 2")
+        for name, number in (("gop", self.gop), ("every", self.every)):
+            if number < 1:
+                raise WrongSetting(name, number, "give a number of frames, at least 1")
+        worst = _CRF.get(self.codec, 63)
+        if not 0 <= self.crf <= worst:
+            raise WrongSetting("crf", self.crf, f"give a number from 0 to {worst} for {self.codec}")
+        if self.codec in HAS_PRESET and self.preset not in PRESETS:
+            raise WrongSetting(
+                "preset", self.preset, f"{self.codec} has none such; choose {', '.join(PRESETS)}"
             )
 
     @property
@@ -149,6 +174,39 @@ def load(folder: str | Path) -> dict[str, Made]:
         except (ValueError, TypeError):
             continue
     return found
+
+
+@contextmanager
+def working_in(folder: str | Path, made: Iterable[str]) -> Iterator[None]:
+    """While videos are made in a folder: first remove what killed runs have left half written.
+
+    A lock on ``prepared.jsonl``, which the system takes back from a killed process, tells whether others work
+    there too: then nothing is removed, and nothing either where a file system knows no locks.
+
+    Args:
+        folder: of the prepared videos.
+        made: paths below it that are or will be there; only unfinished files of these names are removed.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    with open(Path(folder) / FILE_NAME, "ab") as file:
+        if _locked(file, alone=True):
+            for part in leftovers(Path(folder) / name for name in made):
+                part.unlink(missing_ok=True)
+        _locked(file, alone=False)
+        yield
+
+
+def _locked(file: IO[bytes], alone: bool) -> bool:
+    """Lock a file, alone if nobody else has it, or together with others."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def note(folder: str | Path, made: Made) -> None:

@@ -1,13 +1,16 @@
-"""The timestamps of a whole stream, and where its decoding can start: from its index, else by reading it."""
+"""What a stream's header and index tell before anything is decoded: its timestamps, and where to start."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from poodle_lightning.data.info import DecodeError
 
+# Packets that show whether frames are stored out of order: more than H.264 moves one.
+_REORDERED_WITHIN = 24
 # In a film of fewer stretches between key frames the next request may well lie in the same one.
 _FEW = 10
 
@@ -56,6 +59,29 @@ def check_times(times: Sequence[float]) -> None:
     """
     if not len(times) or not all(math.isfinite(t) and t >= 0 for t in times):
         raise ValueError(f"times must be finite numbers ≥ 0, and at least one, not {list(times)}")
+
+
+def header_tells_all(container: Any, videos: Sequence[Any], max_pixels: int) -> bool:
+    """Whether a file's header says how far frames are stored out of order, as decoding some would.
+
+    MP4 and MOV tell it of H.264. A depth of nothing may also mean that nothing is known. Several streams, or
+    a size that cannot be, are looked at more closely.
+
+    Args:
+        container: as PyAV gives it; it may be read from.
+        videos: its video streams.
+        max_pixels: the largest size that is decoded.
+    """
+    context = videos[0].codec_context if len(videos) == 1 else None
+    if context is None or context.name != "h264" or not container.format.name.startswith("mov"):
+        return False
+    if not 0 < context.width * context.height <= max_pixels:
+        return False
+    if context.reorder_depth > 0:
+        return True
+    first = islice(container.demux(videos[0]), _REORDERED_WITHIN)
+    stamps = [packet.pts for packet in first if packet.size]
+    return None not in stamps and stamps == sorted(stamps)
 
 
 def timeline(

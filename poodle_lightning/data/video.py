@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from poodle_lightning.data.batches import Exhausted, collate
-from poodle_lightning.data.cached_flow import FixedPairs
+from poodle_lightning.data.cached_flow import CachedFlow, FixedPairs
 from poodle_lightning.data.clips import ClipDataset, PixelFlow
 from poodle_lightning.data.frames import FramesSource
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
@@ -22,13 +22,16 @@ from poodle_lightning.data.skips import Ledger, listed
 from poodle_lightning.data.sources import BDD100KSource, Entry, FolderSource, Source, WalkingToursSource
 from poodle_lightning.data.split import held_out, long_enough, segments
 from poodle_lightning.data.streets import StreetSet, SyntheticSource
-from poodle_lightning.data.windows import WindowRule
+from poodle_lightning.data.windows import TooSmall, WindowRule
 from poodle_lightning.ops.geometry import Size
+from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import Clip, Skip, UserError
 
 SourceName = Literal["folder", "bdd100k", "walking_tours", "frames", "synthetic"]
 # Held-out clips are drawn as if in an epoch that training never reaches.
 HELD_OUT_EPOCH = -1
+# Videos by which it is judged whether every window shrinks.
+_LOOKED_AT = 50
 
 
 class VideoDataModule(L.LightningDataModule):
@@ -73,9 +76,10 @@ class VideoDataModule(L.LightningDataModule):
         flow: an estimator that runs in the workers, e.g. ``poodle_lightning.flow.dis.DIS``.
         exact: take flow and labels from sources that know them.
         pixels: ``yuv`` sends the planes of 8-bit 4:2:0 videos to the device as they are stored, half the
-            bytes of ``rgb``; ``Clip.unit`` makes them RGB there, within a level of ``rgb``. What has no such
-            planes (other formats, rotated films, image folders, generated streets), what is averaged by
-            ``antialias`` and what ``flow`` must see in the worker comes as RGB, and so does its whole batch.
+            bytes of ``rgb``; ``Clip.unit`` makes them RGB there, within one level of ``rgb`` (two in a few of
+            a million pixels). What has no such planes (other formats, rotated films, image folders, generated
+            streets), what is averaged by ``antialias`` and what ``flow`` must see in the worker comes as RGB,
+            and so does its whole batch; where that is all, a warning says so.
         max_skip_fraction: the largest share of training requests that may fail; see ``data.skips``.
 
     Raises:
@@ -165,6 +169,8 @@ class VideoDataModule(L.LightningDataModule):
             if self.clip_seconds is not None:
                 train, val = (segments(part, self.clip_seconds, self.sampler.span) for part in (train, val))
             self.train_entries, self.val_entries = train, val
+            if self.pixels == "yuv" and (why := self._why_rgb()):
+                rank_zero_warn(f"pixels yuv has no effect, all batches are RGB: {why}")
         if self.trainer is not None:
             # processes started apart (torchrun, srun) know the run's folder only from the first of them
             folder = self.trainer.strategy.broadcast(self.trainer.default_root_dir)
@@ -294,6 +300,26 @@ class VideoDataModule(L.LightningDataModule):
     @property
     def _rank(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_rank
+
+    def _why_rgb(self) -> str:
+        """Why these settings never give planes; empty if they may."""
+        if self.source_name in ("frames", "synthetic"):
+            return f"source {self.source_name} has no planes"
+        if self.flow is not None and not isinstance(self.flow, CachedFlow):
+            kind = type(self.flow).__name__
+            return f"flow {kind} has to see RGB in the workers; give the method a flow estimator instead"
+        if self.sampler.span == 0 and getattr(self.sampler, "jitter", None):
+            return "a gap of 0 sees one frame through two windows"
+        if self.rule.antialias and all(map(self._is_averaged, self.train_entries[:_LOOKED_AT])):
+            return "antialias averages the pixels in the workers, as every window shrinks; set it to false"
+        return ""
+
+    def _is_averaged(self, entry: Entry) -> bool:
+        try:
+            window = self.rule.draw(entry.width, entry.height, key_of(self.seed, 0, entry.path))
+        except TooSmall:
+            return True
+        return window.factor != (1, 1)
 
     def _open_source(self) -> Source:
         if self.source_name == "synthetic":

@@ -19,8 +19,9 @@ def flow_cache(monkeypatch):
     return importlib.import_module("benchmarks.flow_cache")
 
 
-def test_counts_bytes_and_errors_of_every_format(flow_cache, tmp_path):
+def test_counts_bytes_and_errors_of_every_format(flow_cache, tmp_path, capsys):
     flow_cache.main([*SIZE, "--pairs", "2", "--rounds", "0", "--out", str(tmp_path)])
+    assert "for DIS medium (here: fast)" in capsys.readouterr().out
     found = json.loads((tmp_path / "flow_cache.json").read_text())["results"]["formats"]
     assert found["float16"]["kb"] == pytest.approx(2 * 64 * 96 * 2 / 1e3)
     assert found["float16"]["gb_of_70k_pairs_both_ways"] == pytest.approx(4 * 64 * 96 * 2 * 70e3 / 1e9)

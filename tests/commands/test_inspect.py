@@ -19,7 +19,7 @@ def test_videos_are_measured_and_bad_files_named(tmp_path, capsys, monkeypatch):
     assert "2.00  64x48  10.00     0.50 s    5" in said
     assert "h264 yuv420p" in said
     assert f"{(videos / 'good.mp4').stat().st_size / 1e6:.2f}" in said
-    assert "1 videos" in said
+    assert "1 video, " in said
     (videos / "bad.mp4").write_text("hello")
     assert cli.main(["inspect", str(videos / "good.mp4"), str(videos / "bad.mp4")]) == 1
     assert "bad.mp4: not_a_video" in capsys.readouterr().out
@@ -57,6 +57,32 @@ def test_price_of_a_pair_and_cores_for_one_gpu(tmp_path, capsys, monkeypatch):
     assert 45 < frames < 53  # 30.5 to the first, 22.5 on, less where a key frame lies between
     assert speed == 20
     assert "poodle-lightning prepare" in said
+
+
+def damage(path):
+    """Zeros in the middle third of a film's pixels: its first frame and its timestamps stay."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") + 4
+    third = (int.from_bytes(content[start - 8 : start - 4], "big") - 8) // 3
+    content[start + third : start + 2 * third] = bytes(third)
+    path.write_bytes(bytes(content))
+
+
+def test_damage_that_only_measuring_sees_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "cache"))
+    write_video(tmp_path / "bad.mp4", film(90), 30, gop=10)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    damage(tmp_path / "bad.mp4")
+    capsys.readouterr()
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'bad.mp4'}: corrupt: " in said
+    assert "that long" not in said
+    write_video(tmp_path / "good.mp4", film(90), 30, gop=10)
+    assert cli.main(["inspect", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'bad.mp4'}: corrupt: " in said
+    assert "measured on 1 video)" in said
 
 
 def test_price_is_optional_and_needs_long_videos(tmp_path, capsys, monkeypatch):

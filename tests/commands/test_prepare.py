@@ -3,7 +3,13 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from films import film
@@ -14,6 +20,7 @@ from poodle_lightning.data import prepare as making
 from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.index import build_index
+from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.prepared import FILE_NAME, load
 
 FPS = 10
@@ -46,7 +53,7 @@ def run(root, out, *words):
 
 def numbers(text):
     """Videos made, there, left out."""
-    found = re.search(r"(\d+) videos made .* (\d+) were there, (\d+) left out", text)
+    found = re.search(r"(\d+) videos? made .* (\d+) were there, (\d+) left out", text)
     return tuple(int(number) for number in found.groups())
 
 
@@ -117,7 +124,7 @@ def test_videos_without_a_source_are_named(copy, tmp_path, capsys):
     run(copy, out)
     (copy / "one" / "a.mov").unlink()
     assert run(copy, out) == 0
-    assert "1 earlier videos" in capsys.readouterr().err
+    assert "1 earlier video in " in capsys.readouterr().err
     assert (out / "one" / "a.mp4").is_file()
 
 
@@ -152,8 +159,6 @@ def test_nothing_usable_is_an_error(tmp_path, capsys):
 
 
 def test_every_video_failing_is_an_error(films, tmp_path, capsys, monkeypatch):
-    from poodle_lightning.data.info import DecodeError
-
     def failing(job, tick):
         raise DecodeError("corrupt", "made so", 0.5)
 
@@ -213,15 +218,39 @@ def test_a_full_disk_ends_it_and_the_rest_follows_later(films, tmp_path, capsys,
 
 def test_wrong_settings_are_refused_before_anything_is_read(tmp_path, capsys):
     for words, said in (
-        (["--gop", 0], "--gop 0"),
-        (["--height", 33], "even"),
-        (["--codec", "nonesuch"], "nonesuch"),
-        (["--preset", "nonesuch"], "--preset nonesuch"),
+        (["--gop", 0], "--gop 0: give a number of frames, at least 1"),
+        (["--every", 0], "--every 0: give a number of frames, at least 1"),
+        (["--height", 127], "--height 127: give an even number of pixels, at least 2"),
+        (["--short-side", 0], "--short-side 0: give an even number of pixels, at least 2"),
+        (["--crf", 52], "--crf 52: give a number from 0 to 51 for libx264"),
+        (
+            ["--codec", "nonsense"],
+            "--codec nonsense: FFmpeg has no video encoder of this name; choose libx264",
+        ),
+        (["--codec", "aac"], "--codec aac: FFmpeg has no video encoder of this name; choose libx264"),
+        (["--codec", "mpeg4"], "--codec mpeg4: here it does not encode"),
+        (["--preset", "fastt"], "--preset fastt: libx264 has none such; choose ultrafast, superfast, "),
         (["--pairs-per-s", 0], "above 0"),
     ):
         assert run(tmp_path / "nowhere", tmp_path / "out", *words) == 2
-        assert said in capsys.readouterr().err
+        found = capsys.readouterr().err.strip()
+        assert said in found
+        assert "\n" not in found
+        assert "22" not in found
+        assert sum(f"--{name} " in found for name in ("gop", "crf", "codec", "preset", "height")) <= 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", [OSError, av.error.OSError])
+def test_no_room_for_the_trial_is_not_blamed_on_the_codec(films, tmp_path, capsys, monkeypatch, kind):
+    def full(*_, **__):
+        raise kind(28, "No space left on device")
+
+    monkeypatch.setattr(making, "write_video", full)
+    assert run(films, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "temporary files cannot be written (No space left on device): make room, or set TMPDIR" in said
+    assert "codec" not in said
 
 
 def test_a_dry_run_writes_nothing(films, tmp_path, capsys):
@@ -235,6 +264,128 @@ def test_a_dry_run_writes_nothing(films, tmp_path, capsys):
     run(films, tmp_path / "out", "--height", 24)
     run(films, tmp_path / "out", "--dry-run", "--height", 24)
     assert "0 videos to make" in capsys.readouterr().out
+
+
+def corrupt(path):
+    """Zeros in the middle third of a film's pixels."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"mdat") + 4
+    size = int.from_bytes(content[start - 8 : start - 4], "big") - 8
+    content[start + size // 3 : start + 2 * size // 3] = bytes(2 * size // 3 - size // 3)
+    path.write_bytes(bytes(content))
+
+
+def test_a_forecast_passes_over_damaged_samples(tmp_path, capsys):
+    root = tmp_path / "films"
+    root.mkdir()
+    for number, name in enumerate("abc"):  # the middle one of three is the sample
+        write_video(root / f"{name}.mp4", film(24 - number, seed=number), FPS, gop=4)
+    corrupt(root / "b.mp4")
+    assert run(root, tmp_path / "out", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"cannot be re-encoded: {root / 'b.mp4'}: corrupt: " in said
+    assert re.search(rf"from a sample of {root}/[ac]\.mp4", said)
+    for name in "ac":
+        corrupt(root / f"{name}.mp4")
+    assert run(root, tmp_path / "out", "--dry-run") == 2
+    assert (
+        f"3 samples cannot be re-encoded, the first is {root / 'b.mp4'}: corrupt: " in capsys.readouterr().err
+    )
+
+
+def test_a_forecast_counts_no_more_workers_than_cores(films, tmp_path, capsys, monkeypatch):
+    build_index(films)  # kept, so that no process is started for it
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    assert run(films, tmp_path / "out", "--dry-run", "--workers", 8) == 0
+    assert "minutes with 1 worker\n" in capsys.readouterr().out
+
+
+def test_the_gain_is_of_videos_that_both_sides_have(films, tmp_path, capsys, monkeypatch):
+    from poodle_lightning.data import cost
+    from poodle_lightning.types import Skip
+
+    measure = cost.measure_each
+    rates = {"one/a.mov": 1.0, "two/a.mkv": 2.0, "one/a.mp4": 8.0, "two/a.mp4": 64.0}
+
+    def made_up(paths):
+        found = [replace(one, pairs_per_cpu_s=rates["/".join(Path(one.info.path).parts[-2:])])
+                 for one in measure(paths)]  # fmt: skip
+        return [Skip(p, "corrupt", "made so") if p.endswith("two/a.mp4") else c
+                for p, c in zip(paths, found, strict=True)]  # fmt: skip
+
+    monkeypatch.setattr(cost, "measure_each", made_up)
+    assert run(films, tmp_path / "out", "--measure", 2) == 1
+    said = capsys.readouterr()
+    assert re.search(r"pairs per CPU-second +1\.0 +8\.0 +8\.0 ×", said.out)
+    assert "measured on 1 video," in said.out
+    assert f"{tmp_path / 'out'}/two/a.mp4: corrupt: made so" in said.err
+
+
+def test_damage_is_not_called_short(films, tmp_path, capsys):
+    """What stands is not read again, but when the gain is measured."""
+    run(films, tmp_path / "out")
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VideoReader, "pieces", failing_pieces)
+        assert run(films, tmp_path / "out", "--measure", 2) == 1
+    said = capsys.readouterr()
+    assert "too short" not in said.out
+    assert f"{films}/one/a.mov: corrupt: made so" in said.err
+
+
+def failing_pieces(reader, times, boxes, planes=False):
+    raise DecodeError("corrupt", "made so", times[0])
+
+
+def test_half_written_files_of_a_killed_run_are_removed(films, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    run(films, out)
+    own = [".a.ab12_xyz.mp4", ".a.abcdefgh.mp4"]
+    others = [".b.abcdefgh.mp4", ".a.abcdefgh.mkv", ".a.abc.mp4", "..mp4", ".a.mp4"]
+    for folder in ("one", "two"):
+        for name in (*own, *others):
+            (out / folder / name).write_bytes(b"half")
+    (out / "one" / "a.mp4").unlink()
+    assert run(films, out) == 0
+    for folder in ("one", "two"):
+        assert sorted(path.name for path in (out / folder).iterdir()) == sorted([*others, "a.mp4"])
+
+
+def test_a_second_run_leaves_the_first_its_files(films, tmp_path):
+    from poodle_lightning.data.prepared import working_in
+
+    out = tmp_path / "out"
+    run(films, out)
+    part = out / "one" / ".a.abcdefgh.mp4"
+    part.write_bytes(b"half")
+    with working_in(out, []):
+        assert run(films, out) == 0
+        assert part.exists()
+        with working_in(out, ["one/a.mp4"]):  # and a third, while two work
+            assert part.exists()
+    with working_in(out, ["two/a.mp4"]):
+        assert part.exists()
+    with working_in(out, ["one/a.mp4"]):
+        assert not part.exists()
+
+
+def test_a_killed_run_leaves_what_the_next_one_removes(films, tmp_path):
+    """The real names, and the lock of a process that is gone."""
+    out = tmp_path / "out"
+    script = (
+        "import os, signal\n"
+        "from poodle_lightning import cli\n"
+        "from poodle_lightning.data import prepare\n"
+        "def dying(self, path): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "prepare._Frames.compare = dying\n"
+        f"cli.main(['prepare', '--root', {str(films)!r}, '--out', {str(out)!r}, '--workers', '1'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = [path for path in out.rglob("*") if path.is_file() and path.name != FILE_NAME]
+    assert len(left) == 1
+    assert run(films, out) == 0
+    assert sorted(contents(out)) == ["one/a.mp4", FILE_NAME, "two/a.mp4"]
 
 
 def test_several_processes_make_the_same(films, tmp_path, capsys):

@@ -7,11 +7,20 @@ import pytest
 from films import FPS, N, film
 
 from poodle_lightning.data import cost as module
-from poodle_lightning.data.cost import Cost, cores_for, frames_per_pair, measure, measure_some, together
+from poodle_lightning.data.cost import (
+    Cost,
+    cores_for,
+    frames_per_pair,
+    measure,
+    measure_each,
+    spread,
+    together,
+)
 from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.sampling import TooShort
+from poodle_lightning.types import Skip
 
 
 def decoded(first, second, gop):
@@ -139,13 +148,22 @@ def test_what_cannot_be_measured(good, tmp_path):
         measure(tmp_path / "text.mp4")
     write_video(tmp_path / "short.mp4", film(3), FPS)
     paths = [str(tmp_path / "text.mp4"), str(good), str(tmp_path / "short.mp4")]
-    assert [cost.info.path for cost in measure_some(paths, 3, (0.2, 0.4), 1)] == [str(good)]
-    assert measure_some([], 3) == []
-    assert measure_some(paths, 0) == []
+    text, fine, short = measure_each(paths, (0.2, 0.4), 1)
+    assert (text.path, text.reason) == (paths[0], "not_a_video")
+    assert text.detail
+    assert fine.info.path == str(good)
+    assert (short.path, short.reason) == (paths[2], "too_short")
 
 
-def test_some_are_spread_over_the_list(good, monkeypatch):
-    seen = []
-    monkeypatch.setattr(module, "measure", lambda path, *_: seen.append(path))
-    measure_some([str(k) for k in range(9)], 3)
-    assert seen == ["0", "4", "8"]
+def test_a_disk_that_fails_is_a_reason(good, monkeypatch):
+    def failing(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(module, "measure", failing)
+    assert measure_each(["a"]) == [Skip("a", "unreadable", "Input/output error")]
+
+
+def test_some_are_spread_over_all():
+    assert spread(9, 3) == [0, 4, 8]
+    assert spread(2, 3) == [0, 1]
+    assert spread(5, 0) == spread(0, 3) == []

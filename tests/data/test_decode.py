@@ -1,6 +1,7 @@
 """Frames against a sequential decode of the whole file, and what reading them costs."""
 
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -190,6 +191,28 @@ def test_two_video_streams_the_larger_is_read(tmp_path):
         expected = [f.to_ndarray(format="rgb24") for f in container.decode(video=1)]
     with VideoReader(path) as reader:
         np.testing.assert_array_equal(reader.read([0.2])[0][0], expected[6])
+
+
+@pytest.mark.parametrize("said", [(64, 48), (1920, 1080), (8192, 8192), (0, 0)])
+@pytest.mark.parametrize("first", ["info", "read", "pieces"])
+def test_a_header_of_another_size_than_the_frames(tmp_path, said, first):
+    """The frames count, as for every player; the header's size is in the sample description of the MP4."""
+    write_video(tmp_path / "a.mp4", film(30, 96, 128), FPS, gop=12, b_frames=2)
+    _, frames, _ = sequential(tmp_path / "a.mp4")
+    content = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = content.find(b"avc1", content.find(b"stsd")) + 4 + 24  # ISO/IEC 14496-12, VisualSampleEntry
+    assert content[place : place + 4] == struct.pack(">HH", 128, 96)
+    content[place : place + 4] = struct.pack(">HH", *said)
+    (tmp_path / "a.mp4").write_bytes(bytes(content))
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        if first == "read":
+            np.testing.assert_array_equal(reader.read([20 / FPS])[0][0], frames[20])
+        if first == "pieces":
+            whole = (0, 0, 128, 96)
+            found = reader.pieces([5 / FPS, 20 / FPS], [whole, whole])
+            np.testing.assert_array_equal([piece.pixels for piece in found], [frames[5], frames[20]])
+        assert (reader.info.width, reader.info.height) == (128, 96)
+        np.testing.assert_array_equal(reader.read([3 / FPS, 17 / FPS])[0], [frames[3], frames[17]])
 
 
 def test_size_change_within_the_stream_is_refused(tmp_path):

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 
-from poodle_lightning.data.encode import Coding, coding, write_video
+from poodle_lightning.data.encode import Coding, coding, leftovers, write_video
 
 
 def frames(count=10, height=32, width=48):
@@ -155,6 +155,24 @@ def test_failures_leave_nothing_behind(tmp_path, make, options, error, words):
         write_video(tmp_path / "a.mp4", make(), 25, **options)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     assert (tmp_path / "a.mp4").read_bytes() == b"the old one"
+
+
+def test_leftovers_are_what_writing_calls_them(tmp_path):
+    names = ["a.mp4", "two words.b.mp4", "y" * 200 + ".mkv"]
+    (tmp_path / "in").mkdir()
+    targets = [tmp_path / names[0], tmp_path / names[1], tmp_path / "in" / names[2]]
+    seen = []
+    for path in targets:
+        write_video(path, frames(2), 25, check=lambda part: seen.append(leftovers(targets)))
+        assert seen.pop()[0].suffix == path.suffix  # while it is written
+    assert leftovers(targets) == []
+    ours = [".a.abc_1234.mp4", ".two words.b.01234567.mp4", "in/." + "y" * 40 + ".abcdefgh.mkv"]
+    others = [".a.abc_1234.mkv", ".a.abc_12345.mp4", ".a..mp4", "a.abc_1234.mp4", "in/.a.abc_1234.mp4"]
+    for name in (*ours, *others):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".a.afolder_.mp4").mkdir()
+    assert leftovers(targets) == sorted(tmp_path / name for name in ours)
+    assert leftovers([tmp_path / "nowhere" / "a.mp4"]) == []
 
 
 def test_a_reader_of_the_old_file_keeps_it_whole(tmp_path):

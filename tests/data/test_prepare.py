@@ -219,6 +219,22 @@ def test_a_wrong_result_is_found_and_not_left(tmp_path, monkeypatch, fault, word
     assert attempt(job(tmp_path / "a.mp4", tmp_path / "out")).reason == "mismatch"
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libsvtav1"])
+def test_what_was_written_is_read_as_in_training(tmp_path, monkeypatch, codec):
+    """A decoder that was just opened: one that has given the first frame already may hide a fault."""
+    write_video(tmp_path / "a.mp4", smooth(), FPS)
+    read, info, measured = VideoReader.read, VideoReader.info, []
+
+    def watched(reader, times, box=None):
+        if "out" in reader.path:
+            assert reader not in measured
+        return read(reader, times, box)
+
+    monkeypatch.setattr(VideoReader, "info", property(lambda one: (measured.append(one), info.fget(one))[1]))
+    monkeypatch.setattr(VideoReader, "read", watched)
+    assert remake(job(tmp_path / "a.mp4", tmp_path / "out", Settings(codec=codec))).psnr > 32
+
+
 def test_what_was_there_stays_until_the_new_one_is_checked(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "a.mp4").write_bytes(b"the old one")
@@ -296,6 +312,13 @@ def test_the_same_bytes_every_time(tmp_path):
     write_video(tmp_path / "a.mp4", film(24), FPS, gop=100)
     found = {remake(job(tmp_path / "a.mp4", tmp_path / "out")).made_hash for _ in range(12)}
     assert len(found) == 1
+
+
+def test_a_low_psnr_is_not_blamed_on_the_crf_alone(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", smooth(3), FPS)
+    monkeypatch.setattr(module, "psnr", lambda *_: 19.0)
+    with pytest.raises(Mismatch, match=r"19\.0 dB.*other pictures, or crf 33 is too coarse"):
+        remake(job(tmp_path / "a.mp4", tmp_path / "out", Settings(crf=33)))
 
 
 def test_psnr():

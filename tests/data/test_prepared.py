@@ -38,7 +38,10 @@ def test_sizes(settings, size, expected):
         ({"short_side": 0}, "even"),
         ({"gop": 0}, "at least 1"),
         ({"every": 0}, "at least 1"),
-        ({"crf": 64}, "between"),
+        ({"crf": 64, "codec": "libsvtav1"}, "from 0 to 63"),
+        ({"crf": 52}, "from 0 to 51 for libx264"),
+        ({"crf": 52, "codec": "libx265"}, "from 0 to 51"),
+        ({"preset": "fastt"}, "ultrafast, superfast"),
     ],
 )
 def test_wrong_settings(settings, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 
 import cv2
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from films import film
 from PIL import Image
 
+from poodle_lightning.data.cached_flow import CachedFlow
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.sampling import ClipSampler
 from poodle_lightning.data.streets import StreetSet
@@ -51,6 +53,45 @@ def test_synthetic_streets_bring_flow_and_labels(tmp_path):
     assert flow.size == (24, 48)
     assert clip.unit_labels().shape == (2, 2, 24, 48)
     assert int(clip.unit_labels().max()) < 19
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"flow": DIS()}, "flow DIS has to see RGB"),
+        ({"antialias": True, "size": (8, 16)}, "antialias averages"),
+        ({"gap": (0, 0)}, "two windows"),
+        ({"antialias": True, "size": (32, 48)}, None),  # windows are enlarged
+        ({"flow": "cached"}, None),
+        ({}, None),
+    ],
+)
+def test_planes_that_never_come_are_said_once(tmp_path, monkeypatch, settings, words):
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "films").mkdir()
+    for name in "ab":
+        write_video(tmp_path / "films" / f"{name}.mp4", film(12), 10)
+    given = {"source": "folder", "root": str(tmp_path / "films"), "area": (0.5, 0.6), "pixels": "yuv"}
+    if settings.get("flow") == "cached":
+        settings = {"flow": CachedFlow(str(tmp_path / "flow"), DIS())}
+    data = module(tmp_path, **(given | settings))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data.setup("fit")
+        data.setup("validate")
+    said = [str(one.message) for one in caught if "yuv has no effect" in str(one.message)]
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
+    # the warning tells the truth
+    assert (next(iter(data.train_dataloader())).yuv is None) == (words is not None)
+
+
+@pytest.mark.filterwarnings("error:pixels yuv")
+def test_sources_without_planes_are_said(folder):
+    for source, root in (("frames", str(folder)), ("synthetic", None)):
+        with pytest.raises(Warning, match=f"source {source} has no planes"):
+            module(root, source=source, root=root, pixels="yuv").setup("fit")
+        module(root, source=source, root=root).setup("fit")
 
 
 def test_many_frames_need_no_pair(folder):
@@ -145,6 +186,7 @@ def test_planes_of_video_files_reach_the_batch(tmp_path, monkeypatch, workers):
     assert (units[0] - units[1]).abs().max() * 255 <= 1 + 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:pixels yuv")
 def test_image_folders_have_no_planes(folder):
     data = module(folder, pixels="yuv")
     data.setup("fit")
