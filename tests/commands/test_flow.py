@@ -1,6 +1,5 @@
 """``poodle-lightning flow``: what it stores is the estimator's flow of the fixed pairs; it resumes."""
 
-import argparse
 import re
 import threading
 import time
@@ -10,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from flow_runs import numbers, parse, run
 from torchvision.models.optical_flow import raft_small
 
 from poodle_lightning.commands import flow as command
@@ -47,27 +47,6 @@ def films(tmp_path_factory):
         frames = (wide[:, 2 * k : 2 * k + WIDTH] for k in range(FRAMES + extra))
         write_video(root / name, frames, FPS, preset="ultrafast")
     return root
-
-
-def parse(*words):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
-def no_build(configs, overrides):
-    raise AssertionError("not asked for")
-
-
-def run(films, out, *words, build=no_build):
-    args = ("--root", films, "--out", out, "--preset", "fast", "--gap", 0.2, 0.4, "--pairs-per-video", 3)
-    return command.run(parse(*args, *words), build)
-
-
-def numbers(text):
-    """Pairs computed, pairs that were there."""
-    found = re.search(r"(\d+) pairs computed .* (\d+) were there", text)
-    return int(found[1]), int(found[2])
 
 
 def test_stores_the_estimators_flow_of_the_fixed_pairs_both_ways(films, tmp_path, capsys):

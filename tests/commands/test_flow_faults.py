@@ -1,12 +1,11 @@
 """``poodle-lightning flow`` where something is wrong: videos, the disk, flags, an interruption."""
 
-import argparse
-import re
 import threading
 import warnings
 
 import numpy as np
 import pytest
+from flow_runs import no_build, numbers, parse, run
 
 from poodle_lightning.cli import main
 from poodle_lightning.commands import flow as command
@@ -40,27 +39,6 @@ def films(tmp_path_factory):
         frames = np.random.default_rng(seed).integers(0, 256, (FRAMES + seed, HEIGHT, WIDTH, 3), np.uint8)
         write_video(root / name, frames, FPS, preset="ultrafast")
     return root
-
-
-def parse(*words):
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
-def no_build(configs, overrides):
-    raise AssertionError("not asked for")
-
-
-def run(films, out, *words, build=no_build):
-    args = ("--root", films, "--out", out, "--preset", "fast", "--gap", 0.2, 0.4, "--pairs-per-video", 3)
-    return command.run(parse(*args, *words), build)
-
-
-def numbers(text):
-    """Pairs computed, pairs that were there."""
-    found = re.search(r"(\d+) pairs computed .* (\d+) were there", text)
-    return int(found[1]), int(found[2])
 
 
 def test_damaged_and_short_videos_are_counted_and_the_rest_is_done(films, tmp_path, capsys):
