@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from poodle_lightning.nn.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
@@ -32,6 +32,9 @@ class ViT(Encoder):
     is the mean of the last map. Images of any size that is a multiple of the patch are taken: the position
     embeddings are interpolated. The state dict has the names of timm's ``VisionTransformer`` without a head.
 
+    Called, it uses fused attention in all blocks; :meth:`look` also returns the last block's attention,
+    queries and keys, :meth:`tokens` works on some of the patches.
+
     Args:
         patch: side of a patch in pixels; all strides.
         dim: channels of a token.
@@ -45,7 +48,10 @@ class ViT(Encoder):
         pos_interp: ``"timm"``: bicubic to the size of the grid with antialiasing; ``"dino"``: bicubic by the
             factor (grid + 0.1) / (old grid) without (facebookresearch/dino ``vision_transformer.py``,
             ``interpolate_pos_encoding``). They agree at ``image_size`` only.
-        weights: path of a state dict with timm's names; a head in it is left out.
+        mask_token: adds the parameter ``mask_token (1, dim)``, zero at first, that stands for masked patches
+            (iBOT; bytedance/ibot ``models/vision_transformer.py``, ``masked_embed``).
+        weights: path of a state dict with timm's names; a head in it is left out, and a mask token that it
+            lacks stays zero.
         mean: see :class:`Encoder`; several of timm's weights want 0.5.
         std: likewise.
 
@@ -65,6 +71,7 @@ class ViT(Encoder):
         class_token: bool = True,
         drop_path: float = 0.0,
         pos_interp: Literal["timm", "dino"] = "timm",
+        mask_token: bool = False,
         weights: str | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -97,30 +104,88 @@ class ViT(Encoder):
         self.patch_embed = core.patch_embed
         self.blocks = core.blocks
         self.norm = core.norm
+        self.mask_token = nn.Parameter(torch.zeros(1, dim)) if mask_token else None
         if weights is not None:
-            state = {key: value for key, value in read_state(weights).items() if OWN_KEYS.fullmatch(key)}
-            load_state(self, state, f"weights {weights!r}")
+            self._load(read_state(weights), f"weights {weights!r}")
 
-    def features(self, normalised: Tensor) -> Features:
-        """Patch tokens behind every block, and [CLS].
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> Features:
+        """Features of ``images (B, 3, H, W)``, float in [0, 1].
+
+        Args:
+            images: any size that is a multiple of the patch.
+            mask: ``(B, H / patch, W / patch)`` bool; where it is true the patch's embedding is replaced by
+                the mask token before its position is added. None: no patch is masked.
 
         Raises:
-            UserError: the images' size is no multiple of the patch.
+            UserError: the size is no multiple of the patch, there is no mask token, or the mask has another
+                grid.
         """
-        height, width = self._grid((normalised.shape[-2], normalised.shape[-1]))
-        x = self.patch_embed(normalised).flatten(1, 2)  # (B, h, w, dim) -> (B, h w, dim)
-        if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self.positions(height, width)
-        first = 0 if self.cls_token is None else 1
-        maps: dict[str, Tensor] = {}
-        for i, block in enumerate(self.blocks):
+        return self.features((images - self.mean) / self.std, mask)
+
+    def features(self, normalised: Tensor, mask: Tensor | None = None) -> Features:
+        """Patch tokens behind every block, and [CLS]; see :meth:`forward`."""
+        x, grid = self._embed(normalised, mask)
+        behind: list[Tensor] = []
+        for block in self.blocks:
             x = block(x)
-            if i == len(self.blocks) - 1:
-                x = self.norm(x)
-            maps[f"block{i}"] = x[:, first:].transpose(1, 2).unflatten(2, (height, width))
-        vector = x.mean(dim=1) if self.cls_token is None else x[:, 0]
-        return Features(maps=maps, strides=dict(self.strides), vector=vector)
+            behind.append(x)
+        return self._read(behind, grid)
+
+    def look(self, images: Tensor, heads: int | None = None) -> Features:
+        """Like a call, with attention, queries and keys of the last block, which are computed once.
+
+        All other blocks use fused attention. Maps and vector are those of a call, up to rounding. Nothing is
+        detached.
+
+        Args:
+            images: ``(B, 3, H, W)``, float in [0, 1].
+            heads: splits the channels of the last block's queries and keys into another number of heads
+                before they are compared, with the scale of heads of that size; None: the network's own. Only
+                what is returned changes: the block still computes with the heads that it was trained with.
+                DoRA finds k > 6 objects so, with 16 or 32 heads (appendix B.2: "we decompose the query and
+                key embeddings"; its public code has no such switch).
+
+        Returns:
+            Features with ``attention (B, heads, N, N)``, whose rows are softmaxes in float32 also under
+            autocast, and ``queries`` and ``keys (B, heads, N, dim / heads)`` as the block computes them, not
+            scaled; ``queries.transpose(1, 2).flatten(2)`` has the heads side by side. N counts all tokens,
+            [CLS] first, then the patches row by row.
+
+        Raises:
+            UserError: the size is no multiple of the patch, or ``dim`` is none of ``heads``.
+        """
+        dim = self.pos_embed.shape[-1]
+        if heads is not None and (heads < 1 or dim % heads):
+            raise UserError(f"ViT dim={dim} cannot be split into {heads} heads: choose a divisor of {dim}")
+        x, grid = self._embed((images - self.mean) / self.std)
+        *others, last = self.blocks
+        behind: list[Tensor] = []
+        for block in others:
+            x = block(x)
+            behind.append(x)
+        x, attention, queries, keys = _attend(last, x, heads)
+        return self._read([*behind, x], grid, attention=attention, queries=queries, keys=keys)
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens behind the final LayerNorm, [CLS] first; of some patches only, as MAE's encoder sees them.
+
+        Args:
+            images: ``(B, 3, H, W)``, float in [0, 1].
+            keep: ``(B, K)`` int64, which patches each image keeps, counted row by row and in any order: their
+                positions are added before the others are dropped (He et al., 2022; facebookresearch/mae
+                ``models_mae.py``, ``forward_encoder``). None: all.
+
+        Returns:
+            ``(B, [1 +] K, dim)``, patches in the order of ``keep``.
+
+        Raises:
+            UserError: the size is no multiple of the patch.
+            ValueError: ``keep`` is not ``(B, K)``.
+        """
+        x, _ = self._embed((images - self.mean) / self.std, keep=keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
     def positions(self, height: int, width: int) -> Tensor:
         """Position embeddings for a grid of ``height x width`` patches, ``(1, [1 +] height width, dim)``."""
@@ -135,6 +200,78 @@ class ViT(Encoder):
         patches = functional.interpolate(patches.float(), scale_factor=factors, mode="bicubic")
         return torch.cat([embedding[:, :prefix], patches.flatten(2).transpose(1, 2).to(embedding)], dim=1)
 
+    def _embed(
+        self, normalised: Tensor, mask: Tensor | None = None, keep: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """What enters the first block, ``(B, [1 +] patches, dim)``, and the grid of the whole image."""
+        height, width = self._grid((normalised.shape[-2], normalised.shape[-1]))
+        x = self.patch_embed(normalised).flatten(1, 2)  # (B, h, w, dim) -> (B, h w, dim)
+        if mask is not None:
+            x = torch.where(self._masked(mask, len(x), height, width), self._token().to(x.dtype), x)
+        positions = self.positions(height, width)
+        first = positions.shape[1] - height * width
+        x = x + positions[:, first:]
+        if keep is not None:
+            if keep.ndim != 2 or len(keep) != len(x):
+                raise ValueError(f"keep must be ({len(x)}, K), not {tuple(keep.shape)}")
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        if self.cls_token is not None:
+            x = torch.cat([(self.cls_token + positions[:, :first]).expand(len(x), -1, -1), x], dim=1)
+        return x, (height, width)
+
+    def _masked(self, mask: Tensor, batch: int, height: int, width: int) -> Tensor:
+        if mask.shape != (batch, height, width) or mask.dtype != torch.bool:
+            raise UserError(
+                f"a mask of {tuple(mask.shape)} {mask.dtype} does not fit {batch} images of {height}x{width} "
+                f"patches of {self.patch} pixels: make it bool for this grid"
+            )
+        return mask.flatten(1)[:, :, None]
+
+    def _token(self) -> Tensor:
+        if self.mask_token is None:
+            raise UserError("ViT has no mask token, so no patch can be masked: set mask_token=True")
+        return self.mask_token
+
+    def _read(self, behind: list[Tensor], grid: tuple[int, int], **looked: Tensor) -> Features:
+        """Features from the tokens behind every block."""
+        first = 0 if self.cls_token is None else 1
+        last = self.norm(behind[-1])
+        maps = {
+            name: x[:, first:].transpose(1, 2).unflatten(2, grid)
+            for name, x in zip(self.channels, [*behind[:-1], last], strict=True)
+        }
+        vector = last[:, 0] if first else last.mean(dim=1)
+        return Features(maps=maps, strides=dict(self.strides), vector=vector, **looked)
+
+    def _load(self, state: Mapping[str, Tensor], source: str) -> None:
+        own = {key: value for key, value in state.items() if OWN_KEYS.fullmatch(key)}
+        self._same_geometry(own, source)
+        if self.mask_token is not None:
+            token = state.get("mask_token")  # MAE's files have another of this name, as wide as the decoder
+            if token is None or token.shape != self.mask_token.shape:
+                token = self.mask_token.detach()
+            own["mask_token"] = token
+        load_state(self, own, source)
+
+    def _same_geometry(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Says which argument is wrong where patches or positions are others than the network's."""
+        kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+        if kernel is not None and kernel.ndim == 4 and kernel.shape[2:] != (self.patch, self.patch):
+            raise UserError(
+                f"{source}: made for patches of {kernel.shape[2]}x{kernel.shape[3]} pixels, ViT has "
+                f"patch={self.patch}: set patch={kernel.shape[3]}"
+            )
+        tokens = {key for key in state if key.endswith(("_token", "_tokens"))}
+        if positions is None or tokens != ({"cls_token"} if self.cls_token is not None else set()):
+            return
+        found, wanted = positions.shape[1], self.pos_embed.shape[1]
+        if found != wanted:
+            height, width = (side * self.patch for side in self.grid)
+            raise UserError(
+                f"{source}: has {found} position embeddings, ViT with image_size=({height}, {width}) has "
+                f"{wanted}: set image_size to that of the weights (other sizes are interpolated afterwards)"
+            )
+
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size
         if height % self.patch or width % self.patch:
@@ -143,3 +280,28 @@ class ViT(Encoder):
                 f"choose a height and width that are multiples of {self.patch}"
             )
         return height // self.patch, width // self.patch
+
+
+def _attend(block: Any, x: Tensor, heads: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One block of timm's, written out; its output, attention, queries and keys, see :meth:`ViT.look`."""
+    own: int = block.attn.num_heads
+    qkv: Tensor = block.attn.qkv(block.norm1(x))
+    queries, keys, values = qkv.unflatten(2, (3, own, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    if heads is None or heads == own:
+        attention = _attention(queries, keys)
+        mixed = attention.to(values.dtype) @ values
+    else:
+        mixed = functional.scaled_dot_product_attention(queries, keys, values)
+        queries, keys = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2)[:2])
+        attention = _attention(queries, keys)
+    x = x + block.drop_path1(block.ls1(block.attn.proj(mixed.transpose(1, 2).flatten(2))))
+    x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    return x, attention, queries, keys
+
+
+def _attention(queries: Tensor, keys: Tensor) -> Tensor:
+    """Softmax of the scaled products, ``(B, heads, N, N)`` in float32 at least."""
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    with torch.autocast(queries.device.type, enabled=False):
+        scores = (queries.to(exact) * queries.shape[-1] ** -0.5) @ keys.to(exact).transpose(-2, -1)
+        return scores.softmax(dim=-1)

@@ -1,42 +1,12 @@
-import math
-
 import numpy as np
 import pytest
-import timm
 import torch
 from torch.nn import functional
+from vit_twins import SIZES, antialiased, interpolated, pair
 
 from poodle_lightning.configured import build, spec
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import UserError
-
-SIZES = {"patch": 8, "dim": 64, "depth": 3, "heads": 2, "image_size": (32, 48)}
-
-
-def pair(class_token=True, **kwargs):
-    """Our network and timm's with the same random weights, both in eval mode."""
-    torch.manual_seed(0)
-    reference = timm.models.VisionTransformer(
-        img_size=(32, 48),
-        patch_size=8,
-        embed_dim=64,
-        depth=3,
-        num_heads=2,
-        num_classes=10,
-        class_token=class_token,
-        global_pool="token" if class_token else "avg",
-        fc_norm=False,
-        dynamic_img_size=True,
-    ).eval()
-    with torch.no_grad():
-        for parameter in reference.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-        reference.pos_embed.normal_()
-    ours = ViT(**SIZES, class_token=class_token, **kwargs).eval()
-    left = ours.load_state_dict(reference.state_dict(), strict=False)
-    assert left.missing_keys == []
-    assert sorted(left.unexpected_keys) == ["head.bias", "head.weight"]
-    return ours, reference
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -59,42 +29,23 @@ def test_equals_timm(class_token, size):
     assert ours.vector_dim == found.vector.shape[1] == 64
 
 
-def cubic(distance, a=-0.75):
-    d = abs(distance)
-    if d <= 1:
-        return (a + 2) * d**3 - (a + 3) * d**2 + 1
-    return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
-
-
-def interpolated(grid, size):
-    """DINO's position embeddings cell by cell, float64: bicubic at the scale (size + 0.1) / old size."""
-    out = np.zeros((*size, grid.shape[-1]))
-    for row in range(size[0]):
-        for column in range(size[1]):
-            y, x = (
-                (index + 0.5) * old / (new + 0.1) - 0.5
-                for index, old, new in zip((row, column), grid.shape, size, strict=False)
-            )
-            for j in range(math.floor(y) - 1, math.floor(y) + 3):
-                for i in range(math.floor(x) - 1, math.floor(x) + 3):
-                    cell = grid[min(max(j, 0), grid.shape[0] - 1), min(max(i, 0), grid.shape[1] - 1)]
-                    out[row, column] += cubic(y - j) * cubic(x - i) * cell
-    return out
-
-
-@pytest.mark.parametrize("size", [(5, 9), (2, 3), (4, 7)])
-def test_positions_as_dino_interpolates_them(size):
-    ours, _ = pair(pos_interp="dino")
-    assert torch.equal(ours.positions(4, 6), ours.pos_embed)
+@pytest.mark.parametrize("size", [(5, 9), (2, 3), (4, 7), (9, 4), (11, 17), (1, 6)])
+@pytest.mark.parametrize(("patch", "image_size"), [(8, (32, 48)), (16, (112, 112))])
+@pytest.mark.parametrize(("pos_interp", "formula"), [("dino", interpolated), ("timm", antialiased)])
+def test_positions_as_dino_and_timm_interpolate_them(pos_interp, formula, patch, image_size, size):
+    ours = ViT(
+        patch=patch, dim=16, depth=1, heads=1, image_size=image_size, mlp_ratio=1.0, pos_interp=pos_interp
+    )
     with torch.no_grad():
+        ours.pos_embed.normal_(generator=torch.Generator().manual_seed(0))
         found = ours.positions(*size)[0]
-    grid = ours.pos_embed[0, 1:].detach().double().reshape(4, 6, 64).numpy()
-    expected = interpolated(grid, size).reshape(-1, 64)
-    np.testing.assert_allclose(found[1:].numpy(), expected, atol=1e-5)
+    native = (image_size[0] // patch, image_size[1] // patch)
+    assert ours.positions(*native) is ours.pos_embed
+    grid = ours.pos_embed[0, 1:].detach().double().reshape(*native, 16).numpy()
+    np.testing.assert_allclose(found[1:].numpy(), formula(grid, size).reshape(-1, 16), atol=1e-5)
     assert torch.equal(found[0], ours.pos_embed[0, 0])
-    with torch.no_grad():
-        other = pair(pos_interp="timm")[0].positions(*size)[0]
-    assert (found - other).abs().max() > 1e-3
+    other = antialiased if formula is interpolated else interpolated
+    assert np.abs(found[1:].numpy() - other(grid, size).reshape(-1, 16)).max() > 1e-2
 
 
 def test_dino_positions_enter_the_features():
@@ -128,6 +79,38 @@ def test_weights_from_a_file(tmp_path):
         ViT(**{**SIZES, "depth": 2}, weights=str(tmp_path / "w.pth"))
 
 
+def test_a_mask_token_out_of_a_file(tmp_path):
+    """It is taken where a file has one; timm's have none, and MAE's is the decoder's."""
+    theirs = pair()[1].state_dict()
+    for name, extra, expected in (
+        ("timm", {}, 0.0),
+        ("own", {"mask_token": torch.ones(1, 64)}, 1.0),
+        ("MAE", {"mask_token": torch.ones(1, 1, 32)}, 0.0),
+    ):
+        torch.save({"model": theirs | extra}, tmp_path / f"{name}.pth")
+        found = ViT(**SIZES, mask_token=True, weights=str(tmp_path / f"{name}.pth"))
+        assert torch.equal(found.mask_token, torch.full((1, 64), expected))
+        assert ViT(**SIZES, weights=str(tmp_path / f"{name}.pth")).mask_token is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch": 16}, "w.pth'?: made for patches of 8x8 pixels, ViT has patch=16: set patch=8"),
+        (
+            {"image_size": (64, 64)},
+            r"w.pth'?: has 25 position embeddings, ViT with image_size=\(64, 64\) has 65: set image_size",
+        ),
+        ({"class_token": False}, "w.pth'? is of another architecture"),
+    ],
+)
+def test_weights_of_another_geometry(tmp_path, change, message):
+    torch.save(pair()[1].state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        ViT(**{**SIZES, **change}, weights=str(tmp_path / "w.pth"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -139,6 +122,27 @@ def test_weights_from_a_file(tmp_path):
         (lambda: ViT(**{**SIZES, "image_size": (32, 50)}), "cannot take 32x50"),
         (lambda: ViT(**{**SIZES, "heads": 3}), "dim=64 is no multiple of heads=3"),
         (lambda: ViT(**SIZES, pos_interp="bilinear"), "pos_interp='bilinear'.*timm or dino"),
+        (lambda: ViT(**SIZES).look(torch.rand(1, 3, 32, 44)), "cannot take 32x44"),
+        (
+            lambda: ViT(**SIZES).look(torch.rand(1, 3, 32, 48), heads=5),
+            "dim=64 cannot be split into 5 heads: choose a divisor of 64",
+        ),
+        (lambda: ViT(**SIZES).look(torch.rand(1, 3, 32, 48), heads=0), "cannot be split into 0 heads"),
+        (
+            lambda: ViT(**SIZES)(torch.rand(1, 3, 32, 48), torch.ones(1, 4, 6, dtype=torch.bool)),
+            "no mask token.*set mask_token=True",
+        ),
+        (
+            lambda: ViT(**SIZES, mask_token=True)(
+                torch.rand(1, 3, 32, 48), torch.ones(1, 6, 4, dtype=torch.bool)
+            ),
+            r"mask of \(1, 6, 4\) torch.bool does not fit 1 images of 4x6 patches of 8 pixels",
+        ),
+        (
+            lambda: ViT(**SIZES, mask_token=True)(torch.rand(1, 3, 32, 48), torch.ones(1, 4, 6)),
+            r"mask of \(1, 4, 6\) torch.float32 does not fit .*make it bool",
+        ),
+        (lambda: ViT(**SIZES).tokens(torch.rand(1, 3, 30, 48)), "cannot take 30x48"),
     ],
 )
 def test_what_does_not_fit(call, message):
@@ -153,3 +157,69 @@ def test_gradients_reach_every_parameter():
     loss = functional.mse_loss(features.vector, torch.randn(2, 64)) + features.last.square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 48), (40, 24)])
+def test_masked_patches_show_the_token(size):
+    """timm's network, in which the embeddings of masked patches are replaced one by one."""
+    ours, reference = pair()
+    masked = ViT(**SIZES, mask_token=True).eval()
+    token = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    masked.load_state_dict(ours.state_dict() | {"mask_token": token})
+    images, (height, width) = torch.rand(2, 3, *size), (size[0] // 8, size[1] // 8)
+    mask = torch.rand(2, height, width, generator=torch.Generator().manual_seed(2)) < 0.4
+
+    def replace(_module, _inputs, found):
+        found = found.clone()
+        for image in range(2):
+            for row in range(height):
+                for column in range(width):
+                    if mask[image, row, column]:
+                        found[image, row, column] = token[0]
+        return found
+
+    handle = reference.patch_embed.register_forward_hook(replace)
+    with torch.no_grad():
+        expected = reference.forward_features((images - ours.mean) / ours.std)
+        found = masked(images, mask)
+        nothing = masked(images, torch.zeros_like(mask))
+    handle.remove()
+    torch.testing.assert_close(found.vector, expected[:, 0], rtol=1e-5, atol=1e-5)
+    cells = expected[:, 1:].transpose(1, 2).reshape(2, 64, height, width)
+    torch.testing.assert_close(found.last, cells, rtol=1e-5, atol=1e-5)
+    assert torch.equal(nothing.last, masked(images).last)
+
+
+def test_the_mask_token_is_one_parameter_more_and_learns():
+    plain, masked = ViT(**SIZES), ViT(**SIZES, mask_token=True)
+    assert masked.state_dict().keys() - plain.state_dict().keys() == {"mask_token"}
+    assert masked.mask_token.shape == (1, 64)
+    assert not masked.mask_token.any()
+    assert build(spec(masked)).mask_token is not None
+    images, mask = torch.rand(2, 3, 32, 48), torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[1, 2, 3] = True
+    masked(images, mask).last.square().mean().backward()
+    assert masked.mask_token.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize("size", [(32, 48), (40, 24)])
+def test_tokens_of_the_patches_that_are_kept(class_token, size):
+    """MAE's encoder image by image with timm's parts: positions first, then the kept patches."""
+    ours, reference = pair(class_token)
+    images = torch.rand(2, 3, *size)
+    count = (size[0] // 8) * (size[1] // 8)
+    keep = torch.rand(2, count, generator=torch.Generator().manual_seed(1)).argsort(dim=1)[:, :5]
+    with torch.no_grad():
+        found, whole, plain = ours.tokens(images, keep), ours.tokens(images), ours(images)
+        positions = ours.positions(size[0] // 8, size[1] // 8)
+        for i in range(2):
+            patches = reference.patch_embed((images[i : i + 1] - ours.mean) / ours.std).flatten(1, 2)
+            rows = [patches[0, j] + positions[0, j + class_token] for j in keep[i].tolist()]
+            if class_token:
+                rows.insert(0, reference.cls_token[0, 0] + positions[0, 0])
+            expected = reference.norm(reference.blocks(torch.stack(rows)[None]))
+            torch.testing.assert_close(found[i : i + 1], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(whole[:, class_token:], plain.last.flatten(2).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"keep must be \(2, K\), not \(1, 5\)"):
+        ours.tokens(images, keep[:1])
