@@ -6,11 +6,13 @@ import warnings
 import numpy as np
 
 from poodle_lightning.data.flow_cache import FlowCache
+from poodle_lightning.data.video import single_thread
 
 VIDEO, EST = "0123abcd", "DIS medium"
 
 
 def write_many(folder, seed, count):
+    single_thread(0)  # as in every worker: OpenCV's threads do not survive a fork
     cache = FlowCache(folder, EST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

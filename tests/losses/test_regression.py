@@ -146,14 +146,15 @@ def test_a_coordinate_map_that_needs_a_gradient_gets_it(case):
 
 
 def test_the_form_follows_the_device():
-    p = torch.zeros(1, 4, 64, 128)
-    assert regression._best_form(p, p) == "cells"
-    assert regression._best_form(p.to("meta"), p.to("meta")) == "direct"
+    p, image = torch.zeros(1, 4, 64, 128), (512, 1024)
+    assert regression._best_form(p, p, image) == "cells"
+    assert regression._best_form(p, p, (64, 128)) == "direct"  # too small to be worth its operations
+    assert regression._best_form(p.to("meta"), p.to("meta"), image) == "direct"
     with FakeTensorMode():  # shapes on a device that need not be there
         p = torch.zeros(1, 4, 64, 128, device="cuda")
         large = torch.zeros(1, 4, 256, 256, device="cuda")
-    assert regression._best_form(p, p) == "all_pairs"
-    assert regression._best_form(large, large) == "direct"
+    assert regression._best_form(p, p, image) == "all_pairs"
+    assert regression._best_form(large, large, image) == "direct"
 
 
 def test_cosine_distance_is_squared_euclid_of_unit_vectors():
