@@ -29,8 +29,8 @@ _PEAKS: tuple[tuple[str, float, float], ...] = (
     ("V100", 125.0, 15.7),
     ("T4", 65.0, 8.1),
 )
-# Cards that share a name with a faster one.
-_SLOWER = r"Laptop|Max-Q|Mobile|4090 D|5090 D"
+# Cards, and parts of cards, that share a name with a faster one.
+_SLOWER = r"Laptop|Max-Q|Mobile|4090 D|5090 D|MIG"
 
 
 def peak_flops(device: str, precision: str) -> float | None:

@@ -27,7 +27,7 @@ class Compile(L.Callback):
     """Compiles parts of a method in place, after the first training batch.
 
     The first batch runs as it is, so that its operations can be counted; the second waits for the compiler
-    (minutes for a ResNet-50). Results are the same to rounding. Names in the state dict do not change, and
+    (minutes). Results are the same to rounding. Names in the state dict do not change, and
     copies, checkpoints and exported encoders know nothing of it. Only training is compiled: evaluation modes
     and sizes of their own would each have to wait for the compiler again. Where no compiler works, a warning
     says why and training goes on without.

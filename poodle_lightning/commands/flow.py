@@ -134,12 +134,12 @@ def run(args: argparse.Namespace, build: Build) -> int:
         print(f"flow: pairs left out: {_listed(total.left_out)}", file=sys.stderr)
     if videos and not total.stored + total.kept:
         raise UserError(f"no pair of frames could be used ({_listed(total.left_out)}): check the videos")
-    per_pair = total.bytes / total.stored / 1e3 if total.stored else 0.0
+    speed = ""
+    if total.stored:
+        size = f"{total.bytes / 1e6:.1f} MB, {total.bytes / total.stored / 1e3:.0f} KB a pair"
+        speed = f"; {total.stored / seconds:.2f} pairs/s, {size}"
     where = args.out if share.count == 1 else f"{args.out}, {share}"
-    print(
-        f"{where}: {total.stored} pairs computed in {seconds:.1f} s, {total.kept} were there; "
-        f"{total.stored / seconds:.2f} pairs/s, {total.bytes / 1e6:.1f} MB, {per_pair:.0f} KB a pair"
-    )
+    print(f"{where}: {total.stored} pairs computed in {seconds:.1f} s, {total.kept} were there{speed}")
     return 0
 
 

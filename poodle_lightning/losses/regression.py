@@ -27,8 +27,8 @@ Form = Literal["auto", "cells", "all_pairs", "direct"]
 CHUNK_VALUES = 1 << 24
 CPU_CHUNK_VALUES = 1 << 20
 # Up to this many values of an image's pixels the direct form is as fast on a CPU, with a tenth of the
-# operations: each of them waits for all threads, which costs where others use the cores too. (Measured: level
-# at 32×64 pixels of 64 channels; 2.5 to 4 times slower than *cells* at twice the side.)
+# operations: each of them waits for all threads, which costs where others use the cores too. (Measured: about
+# level at 64×64 pixels of 64 channels, 2.5 to 3 times slower than *cells* at twice as many.)
 SMALL_VALUES = 1 << 18
 # All nodes times all nodes: so many bytes of products at a time, of one image or several, and so many pixels.
 # The peak is twice that: their gradient has the same size.

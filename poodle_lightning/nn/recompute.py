@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | Non
     parts = call if of is None else of
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _second_time(parts)
+        return nullcontext(), _SecondTime(parts)
 
     # No generator state is saved: on a GPU that would be a read back per call. A compiler takes the buffers'
     # changes out of what it recomputes, and it knows no contexts of ours.
@@ -44,23 +44,28 @@ def recomputed(call: Callable[..., Tensor], *inputs: Tensor, of: nn.Module | Non
     return result
 
 
-@contextmanager
-def _second_time(parts: object) -> Iterator[None]:
+class _SecondTime:
     """BatchNorm layers normalise as before but leave their running statistics and counters alone.
 
     The statistics stay in place, because autograd counts what it saves and must find the same the second
     time; with momentum 0 they keep their values. Counters count on a copy: SyncBatchNorm insists on one.
+    Entered once per backward pass through the same graph, so it keeps nothing between two of them.
     """
-    global _again
-    modules = parts.modules() if isinstance(parts, nn.Module) else ()
-    layers = [part for part in modules if isinstance(part, nn.modules.batchnorm._BatchNorm)]
-    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    for layer, (_, count) in zip(layers, before, strict=True):
-        layer.momentum, layer.num_batches_tracked = 0.0, None if count is None else count.clone()
-    _again += 1
-    try:
-        yield
-    finally:
+
+    def __init__(self, parts: object) -> None:
+        modules = parts.modules() if isinstance(parts, nn.Module) else ()
+        self._layers = [part for part in modules if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        self._before: list[tuple[float | None, Tensor | None]] = []
+
+    def __enter__(self) -> None:
+        global _again
+        _again += 1
+        self._before = [(layer.momentum, layer.num_batches_tracked) for layer in self._layers]
+        for layer, (_, count) in zip(self._layers, self._before, strict=True):
+            layer.momentum, layer.num_batches_tracked = 0.0, None if count is None else count.clone()
+
+    def __exit__(self, *_: object) -> None:
+        global _again
         _again -= 1
-        for layer, (momentum, count) in zip(layers, before, strict=True):
+        for layer, (momentum, count) in zip(self._layers, self._before, strict=True):
             layer.momentum, layer.num_batches_tracked = momentum, count

@@ -32,7 +32,7 @@ def test_a_longer_name_is_not_taken_for_a_shorter_one():
     "device",
     [
         *("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA RTX A3000", "NVIDIA T400", "NVIDIA A10G"),
-        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"),
+        *("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 MIG 1g.10gb"),
     ],
 )
 def test_a_card_of_a_similar_name_is_not_known(device):

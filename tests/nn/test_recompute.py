@@ -146,3 +146,17 @@ def test_synchronised_batch_norm_is_recomputed_too():
         torch.testing.assert_close(mine.grad, theirs.grad)
     for (name, mine), theirs in zip(again.named_buffers(), plain.buffers(), strict=True):
         assert torch.allclose(mine.double(), theirs.double()), name
+
+
+def test_two_backward_passes_through_one_graph():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).double()
+    again = copy.deepcopy(plain)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for layers, result in ((plain, plain(x)), (again, recomputed(again, x))):
+        result.sum().backward(retain_graph=True)
+        result.square().sum().backward()
+        assert int(layers[1].num_batches_tracked) == 1
+    for mine, theirs in zip(again.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+    assert torch.equal(again[1].running_mean, plain[1].running_mean)
