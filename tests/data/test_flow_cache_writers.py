@@ -1,6 +1,7 @@
 """Several processes at one file of the flow cache: whoever reads sees the old file or the new one."""
 
 import multiprocessing
+import os
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ VIDEO, EST = "0123abcd", "DIS medium"
 
 def write_many(folder, seed, count):
     single_thread(0)  # as in every worker: OpenCV's threads do not survive a fork
+    os.fsync = lambda descriptor: None  # in this process alone: a busy disk takes seconds for each
     cache = FlowCache(folder, EST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
