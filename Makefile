@@ -31,10 +31,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One thread each: two test processes fill two cores, and threads that wait for each other would crawl.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --nbmake notebooks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
+	$(BIN)/python -m pytest -q --nbmake notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TESTS)
 
 clean:
 	rm -rf $(VENV) demo runs .pytest_cache .mypy_cache .ruff_cache

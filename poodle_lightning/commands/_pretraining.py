@@ -44,6 +44,13 @@ def fast_precision(on_cpu: bool = False) -> str:
     return "bf16-mixed" if fast else "32-true"
 
 
+def threads_each(jobs: int) -> int:
+    """CPU threads of each of so many runs: the cores over the runs, and no more than ``OMP_NUM_THREADS`` says."""
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return min(share, int(given)) if given.isdecimal() and int(given) else share
+
+
 def launch(start: Start, threads: int) -> subprocess.Popen[bytes]:
     """Start one run with so many threads of computation."""
     output: Any = None

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import difflib
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -206,7 +205,7 @@ def _train(trials: Sequence[Trial], args: argparse.Namespace, began: float) -> N
         Start(trial.name, trial.words(), None if shown else trial.plan.out / "logs" / f"{trial.name}.log")
         for trial in missing
     ]
-    threads = args.threads or max(1, (os.cpu_count() or 1) // args.jobs)
+    threads = args.threads or _pretraining.threads_each(args.jobs)
 
     def ended(start: Start, well: bool) -> None:
         _say(began, f"{start.name}: {'done' if well else 'failed'}")

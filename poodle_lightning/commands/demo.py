@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from poodle_lightning.commands._pretraining import Start, fast_precision, side_by_side
+from poodle_lightning.commands._pretraining import Start, fast_precision, side_by_side, threads_each
 
 if TYPE_CHECKING:
     from poodle_lightning.commands import Build
@@ -83,7 +83,7 @@ def _train(names: list[str], videos: Path, out: Path, steps: int) -> dict[str, P
         Start(name, _words(name, videos, out, steps), out / f"{name}.log" if number else None)
         for number, name in enumerate(names)
     ]
-    failed = side_by_side(starts, threads=max(1, (os.cpu_count() or 1) // len(names)))
+    failed = side_by_side(starts, threads=threads_each(len(names)))
     if failed:
         where = failed[0].log or "the messages above"
         raise UserError(f"training {METHODS[failed[0].name]} failed: see {where}")

@@ -1,11 +1,14 @@
 """The demo in its smallest size: what it makes, prints and leaves."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from poodle_lightning import from_pretrained
 from poodle_lightning.cli import main
+from poodle_lightning.commands._pretraining import threads_each
 from poodle_lightning.data.encode import write_video
 
 
@@ -45,3 +48,15 @@ def test_own_videos_are_trained_on_without_a_readout(tmp_path, capsys):
 def test_missing_videos_are_one_line(tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "demo"), "--videos", str(tmp_path / "none")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "jobs", "expected"),
+    [(None, 2, 4), (None, 16, 1), ("1", 2, 1), ("3", 1, 3), ("99", 1, 8), ("0", 2, 4), ("many", 2, 4)],
+)
+def test_threads_are_the_cores_over_the_runs_unless_the_user_said_less(monkeypatch, given, jobs, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_each(jobs) == expected
