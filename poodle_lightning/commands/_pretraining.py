@@ -45,7 +45,7 @@ def fast_precision(on_cpu: bool = False) -> str:
 
 
 def threads_each(jobs: int) -> int:
-    """CPU threads of each of so many runs: the cores over the runs, and no more than ``OMP_NUM_THREADS`` says."""
+    """CPU threads of each of so many runs: the cores over the runs, ``OMP_NUM_THREADS`` at most."""
     share = max(1, (os.cpu_count() or 1) // jobs)
     given = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(given)) if given.isdecimal() and int(given) else share
