@@ -23,16 +23,25 @@ if TYPE_CHECKING:
     )
     from poodle_lightning.methods.base import Method
     from poodle_lightning.methods.byol import BYOL
+    from poodle_lightning.methods.dino import DINO
+    from poodle_lightning.methods.dora import DoRA
     from poodle_lightning.methods.flowe import FlowE
+    from poodle_lightning.methods.ibot import IBOT, AttMask
+    from poodle_lightning.methods.mae import MAE
     from poodle_lightning.methods.poodle import PooDLe
     from poodle_lightning.types import Clip, Features, View
 
 _WHERE = {
+    "AttMask": "methods.ibot",
     "BYOL": "methods.byol",
     "Clip": "types",
+    "DINO": "methods.dino",
+    "DoRA": "methods.dora",
     "Features": "types",
     "FlowE": "methods.flowe",
+    "IBOT": "methods.ibot",
     "LabelledDataModule": "data.labelled",
+    "MAE": "methods.mae",
     "Method": "methods.base",
     "PooDLe": "methods.poodle",
     "Segmentation": "evaluation.segmentation",
@@ -47,7 +56,12 @@ _WHERE = {
 
 __all__ = [
     "BYOL",
+    "DINO",
+    "IBOT",
+    "MAE",
+    "AttMask",
     "Clip",
+    "DoRA",
     "Features",
     "FlowE",
     "LabelledDataModule",

@@ -18,7 +18,7 @@ IGNORE = 255
 """The label of pixels that take no part in any loss or score."""
 
 # What the host needs to decide or to log stays on the host: moving it would only force reads back.
-_HOST_FIELDS = ("times", "index", "key", "present")
+_HOST_FIELDS = ("times", "index", "key", "present", "aspect")
 
 
 class UserError(Exception):
@@ -68,6 +68,9 @@ class Clip:
         skipped: videos that were tried for this batch and replaced; stays on the host.
         yuv: optional ``(B, 3, 4)`` float32: the frames are planes, and this takes their (Y, U, V, 1) in bytes
             to RGB in 0…255. None: the frames are RGB.
+        aspect: optional ``(B,)`` float32, true width over height of what the training crop shows, where that
+            is not ``size``'s own: whole images of any shape are squeezed to ``size``. Crops drawn from it
+            take their shape from this. Stays on the host. None: that of ``size``.
 
     Raises:
         ValueError: shapes do not agree.
@@ -86,6 +89,7 @@ class Clip:
     labels: Tensor | None = None
     skipped: tuple[Skip, ...] = ()
     yuv: Tensor | None = None
+    aspect: Tensor | None = None
 
     def __post_init__(self) -> None:
         self._check_frames()
@@ -104,6 +108,7 @@ class Clip:
             ("present", self.present, (batch, 2)),
             ("labels", self.labels, (batch, count, *self.pixels)),
             ("yuv", self.yuv, (batch, 3, 4)),
+            ("aspect", self.aspect, (batch,)),
         ):
             if given is not None and given.shape != shape:
                 raise ValueError(f"Clip.{name} must be {shape}, not {tuple(given.shape)}")
@@ -296,17 +301,43 @@ class View:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """Objects found in the first frame of N clips and followed over T frames, on a grid of patches.
+
+    Args:
+        frames: ``(N, T, 3, H, W)`` in [0, 1], the crops in which they were found.
+        heads: ``(N, heads, h, w)`` attention of [CLS] to the patches of the first frame, all heads.
+        chosen: numbers of the k heads that became objects.
+        raw: ``(N, T, k, h, w)`` cross-attention of the objects as the heads give them; rows sum to 1.
+        tracks: ``(N, T, k, h, w)`` the same of the refined objects.
+        masks: ``(N, T, k, h, w)`` what the student's images are multiplied with.
+    """
+
+    frames: Tensor
+    heads: Tensor
+    chosen: tuple[int, ...]
+    raw: Tensor
+    tracks: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
 class Look:
     """What there is to see of one batch; everything a method does not have is None.
 
     Args:
-        frames: ``(N, 2, 3, H, W)`` clean crops in [0, 1].
+        frames: ``(N, T, 3, H, W)`` clean crops in [0, 1]; T = 2 where there is a flow.
         flow: 2N rows, first → second frame, then back.
         visible: ``(2N, H, W)`` bool.
         views: the online view of the 2N frames and the target view of their partners.
         boxes: online and target subcrop boxes, 2N·K rows (row ``i·K + k``).
         crops: the crops themselves, ``(2N·K, 3, h, w)`` each.
         same: ``(2N·K,)`` bool, pairs whose two boxes lie in the same frame.
+        large: ``(N, V, 3, h, w)`` global crops of the first frame, as the networks see them.
+        small: ``(N, L, 3, h, w)`` local crops of the first frame.
+        hidden: ``(N, V, h, w)`` bool, patches of the global crops that are masked.
+        restored: ``(N, V, 3, h, w)`` the global crops with their masked patches as predicted.
+        objects: objects found and followed.
     """
 
     frames: Tensor
@@ -316,6 +347,11 @@ class Look:
     boxes: tuple[Affine, Affine] | None = None
     crops: tuple[Tensor, Tensor] | None = None
     same: Tensor | None = None
+    large: Tensor | None = None
+    small: Tensor | None = None
+    hidden: Tensor | None = None
+    restored: Tensor | None = None
+    objects: Objects | None = None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ def _half_cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def warmup_cosine(step: float, base: float, end: float, warmup: float, horizon: float) -> float:
+def warmup_cosine(
+    step: float, base: float, end: float, warmup: float, horizon: float, closed: bool = False
+) -> float:
     """Linear from 0 to ``base`` during the warm-up, half a cosine to ``end`` at the horizon, then ``end``.
 
     Args:
@@ -20,11 +22,15 @@ def warmup_cosine(step: float, base: float, end: float, warmup: float, horizon: 
         end: value at the horizon and after it.
         warmup: steps of the warm-up; 0 for none.
         horizon: steps at which ``end`` is reached, the warm-up included.
+        closed: the last step of the warm-up has ``base`` already, and so has the first behind it: the line is
+            NumPy's ``linspace(0, base, warmup)``, both ends included (facebookresearch/dino ``utils.py``,
+            ``cosine_scheduler``). Otherwise the line reaches ``base`` one step later.
 
     Source: PooDLe's recipe (warm-up 2 epochs, half cosine over 300); Loshchilov & Hutter, ICLR 2017.
     """
     if step < warmup:
-        return base * max(step, 0.0) / warmup
+        last = max(warmup - 1, 1) if closed else warmup
+        return base * min(max(step, 0.0) / last, 1.0)
     if step >= horizon:
         return end
     return end + (base - end) * _half_cosine((step - warmup) / (horizon - warmup))

@@ -32,6 +32,16 @@ def test_learning_rate_equals_the_closed_form_at_every_step():
     assert found[-1] == end
 
 
+@pytest.mark.parametrize("warmup", [1, 2, 10])
+def test_a_closed_warm_up_is_numpys_line_with_both_its_ends(warmup):
+    found = [warmup_cosine(step, 0.3, 0.01, warmup, 50, closed=True) for step in range(51)]
+    np.testing.assert_allclose(found[:warmup], np.linspace(0.0, 0.3, warmup), rtol=1e-14)
+    behind = [warmup_cosine(step, 0.3, 0.01, warmup, 50) for step in range(warmup, 51)]
+    assert found[warmup:] == behind
+    between = [warmup_cosine(warmup - 1 + part / 4, 0.3, 0.01, warmup, 50, closed=True) for part in range(4)]
+    assert max(between) <= 0.3  # a step is a number on a line: it does not overshoot
+
+
 def test_cosine_part_equals_torchs_scheduler():
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.3)
