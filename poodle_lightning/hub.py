@@ -172,8 +172,8 @@ def _fill(made: Encoder, content: dict[str, Any], path: Path, network: Network |
     """Puts the weights in a file into a given encoder, from its own names or from a foreign format."""
     expected = _names(made.state_dict())
     found = find(content, network, str(path))
-    if found is not None and not isinstance(made, DecodedEncoder):
-        found = found.without_decoder()
+    if found is not None:
+        found = found.fitted_to(made)
     if found is None or _names(found.state) != expected:  # perhaps an encoder of another kind
         state = {key: value for key, value in state_in(content).items() if not key.startswith("fc.")}
         if found is None and not state:
@@ -196,15 +196,21 @@ def _names(state: Mapping[str, Tensor]) -> set[str]:
     return {key for key in state if not key.endswith("num_batches_tracked")}
 
 
-def describe(method: Configured, online: Online) -> dict[str, Any]:
-    """What a checkpoint says of itself, as plain data: how to build the method and its encoder again."""
+def describe(method: Configured, online: Online, prefix: str = "online.") -> dict[str, Any]:
+    """What a checkpoint says of itself, as plain data: how to build the method and its encoder again.
+
+    Args:
+        method: what the checkpoint holds.
+        online: the container in it whose encoder is exported.
+        prefix: what the container's names begin with in the method's state dict.
+    """
     parts = ("encoder",) if online.decoder is None else ("encoder", "decoder")
     return {
         "format": FORMAT,
         "version": poodle_lightning.__version__,
         "method": spec(method),
         "backbone": spec(online.backbone()),
-        "prefixes": {part: f"online.{part}." for part in parts},
+        "prefixes": {part: f"{prefix}{part}." for part in parts},
     }
 
 

@@ -44,13 +44,16 @@ def cubic(distance, a=-0.75):
     return a * (d**3 - 5 * d**2 + 8 * d - 4) if d < 2 else 0.0
 
 
-def interpolated(grid, size):
-    """DINO's position embeddings cell by cell, float64: bicubic at the scale (size + 0.1) / old size."""
+def interpolated(grid, size, extra=0.1):
+    """DINO's position embeddings cell by cell, float64: bicubic at the scale (size + 0.1) / old size.
+
+    MAE's add nothing to the size.
+    """
     out = np.zeros((*size, grid.shape[-1]))
     for row in range(size[0]):
         for column in range(size[1]):
             y, x = (
-                (index + 0.5) * old / (new + 0.1) - 0.5
+                (index + 0.5) * old / (new + extra) - 0.5
                 for index, old, new in zip((row, column), grid.shape, size, strict=False)
             )
             for j in range(math.floor(y) - 1, math.floor(y) + 3):

@@ -14,6 +14,8 @@ from poodle_lightning.ops.geometry import Affine, Size, island, pull
 from poodle_lightning.ops.random import bernoulli, fold, uniform
 from poodle_lightning.types import View
 
+_TRIES = 10  # of torchvision's RandomResizedCrop
+
 
 class AffineFlip(Configured):
     """A rotation and scaling about the centre, a shift, then a horizontal flip. Defaults: PooDLe's.
@@ -89,6 +91,10 @@ class ResizedCrop(Configured):
         area: range of the crop's share of the image.
         ratio: range of the crop's width over height, log-uniform.
         flip: probability of the flip.
+        fit: what becomes of a crop that is wider or higher than the image. "cut": it is cut to it. "redraw":
+            area and ratio are drawn again, ten times at most; after that the largest crop in the middle of
+            the image whose ratio is allowed. That is torchvision's ``RandomResizedCrop``, which DINO's family
+            uses, but for its rounding to whole pixels.
     """
 
     def __init__(
@@ -97,22 +103,42 @@ class ResizedCrop(Configured):
         area: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        fit: Literal["cut", "redraw"] = "cut",
     ) -> None:
         if not 0 < area[0] <= area[1] <= 1:
             raise ValueError(f"ResizedCrop: area must be 0 < low <= high <= 1, not {area}")
-        self.size = size
+        if fit not in ("cut", "redraw"):
+            raise ValueError(f'ResizedCrop: fit must be "cut" or "redraw", not {fit!r}')
+        self.size = (size[0], size[1])
         self.area = area
         self.ratio = ratio
         self.flip = flip
+        self.fit = fit
 
-    def draw(self, keys: Tensor, size: Size) -> Affine:
-        """``to_clean`` of one crop per key, on the host; a crop wider than the image is cut to it."""
-        height, width = size
-        pixels = uniform(fold(keys, "area"), 1, *self.area)[:, 0] * (height * width)
-        ratio = uniform(fold(keys, "ratio"), 1, math.log(self.ratio[0]), math.log(self.ratio[1]))[:, 0].exp()
-        half_x = ((pixels * ratio).sqrt() / width).clamp(max=1.0)
-        half_y = ((pixels / ratio).sqrt() / height).clamp(max=1.0)
+    def draw(self, keys: Tensor, size: Size, aspect: Tensor | None = None) -> Affine:
+        """``to_clean`` of one crop per key, on the host.
+
+        Args:
+            keys: ``(B,)`` on the host.
+            size: height and width of the image in pixels.
+            aspect: ``(B,)`` on the host, true width over height of what the image shows, where it was
+                squeezed to ``size``: area and ratio are then those of the crop before that. None: the shape
+                is that of ``size``.
+        """
+        height: float | Tensor = size[0]
+        width: float | Tensor = size[1]
+        if aspect is not None:
+            width, height = aspect.float()[:, None], torch.ones(len(aspect), 1)
+        tries = _TRIES if self.fit == "redraw" else 1
+        pixels = uniform(fold(keys, "area"), tries, *self.area) * (height * width)
+        low, high = self.ratio
+        ratio = uniform(fold(keys, "ratio"), tries, math.log(low), math.log(high)).exp()
+        half_x, half_y = (pixels * ratio).sqrt() / width, (pixels / ratio).sqrt() / height
         where = uniform(fold(keys, "centre"), 2, -1.0, 1.0)
+        if self.fit == "redraw":
+            half_x, half_y, found = _first_that_fits(half_x, half_y, width / height, self.ratio)
+            where = where * found  # what is left when nothing fits is in the middle
+        half_x, half_y = half_x[:, 0].clamp(max=1.0), half_y[:, 0].clamp(max=1.0)
         x, y = where[:, 0] * (1 - half_x), where[:, 1] * (1 - half_y)
         boxes = torch.stack([x - half_x, y - half_y, x + half_x, y + half_y], dim=-1)
         flipped = bernoulli(fold(keys, "flip"), self.flip)[:, 0]
@@ -120,8 +146,22 @@ class ResizedCrop(Configured):
         return Affine.box(torch.where(flipped[:, None], swapped, boxes))
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, keys: Tensor) -> View:
-        """A view of ``images (B, 3, H, W)``; plain bilinear."""
-        to_clean = self.draw(keys, (images.shape[-2], images.shape[-1])).to(images.device)
+    def __call__(self, images: Tensor, keys: Tensor, aspect: Tensor | None = None) -> View:
+        """A view of ``images (B, 3, H, W)``, plain bilinear; ``aspect`` as :meth:`draw` takes it."""
+        to_clean = self.draw(keys, (images.shape[-2], images.shape[-1]), aspect).to(images.device)
         image, _ = pull(images, to_clean, self.size)
         return View(image, to_clean)
+
+
+def _first_that_fits(
+    half_x: Tensor, half_y: Tensor, aspect: float | Tensor, ratio: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of several tries ``(B, tries)`` the first inside the image ``(B, 1)``, and whether there is one."""
+    fits = (half_x <= 1.0) & (half_y <= 1.0)
+    found, first = fits.any(dim=1, keepdim=True), fits.int().argmax(dim=1, keepdim=True)
+    widest, highest = (torch.as_tensor(x) for x in (ratio[1] / aspect, aspect / ratio[0]))
+    return (
+        torch.where(found, half_x.gather(1, first), widest.clamp(max=1.0)),
+        torch.where(found, half_y.gather(1, first), highest.clamp(max=1.0)),
+        found,
+    )

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from poodle_lightning.configured import Configured
 from poodle_lightning.hub import describe, rebuild
+from poodle_lightning.methods.run_length import global_batch, steps_per_epoch
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
-from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer
+from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer, clip_each
 from poodle_lightning.types import Clip, Look, Losses, UserError
 
 
@@ -77,7 +78,9 @@ class Method(L.LightningModule, Configured):
 
     def configure_optimizers(self) -> Optimizer:
         """The recipe's optimiser over everything trainable; its learning rate is set at every step."""
-        planned = Schedule.from_recipe(self.recipe, self._steps_per_epoch(), self.global_batch)
+        planned = Schedule.from_recipe(
+            self.recipe, steps_per_epoch(self.trainer, self.recipe), self.global_batch
+        )
         if self.schedule not in (None, planned):
             warnings.warn(f"going on along the checkpoint's {self.schedule}, not {planned}", stacklevel=2)
         self.schedule = self.schedule or planned
@@ -86,21 +89,7 @@ class Method(L.LightningModule, Configured):
     @property
     def global_batch(self) -> int:
         """Clips per optimiser step: devices × clips per device × accumulation."""
-        per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        per_device = self.recipe.reference_batch if per_device is None else int(per_device)
-        return per_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
-
-    def _steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the training data; 1 where the recipe counts in steps only."""
-        if self.recipe.horizon_steps is not None and self.recipe.warmup_steps is not None:
-            return 1
-        self.trainer.fit_loop.setup_data()
-        batches = self.trainer.num_training_batches
-        if isinstance(batches, float):
-            raise UserError(
-                "the training data has no length: set recipe.horizon_steps and recipe.warmup_steps"
-            )
-        return max(1, -(-batches // self.trainer.accumulate_grad_batches))
+        return global_batch(self.trainer, self.recipe)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
@@ -108,16 +97,28 @@ class Method(L.LightningModule, Configured):
         """One step at the schedule's rate, then the EMA, once per optimiser step under accumulation."""
         assert self.schedule is not None
         step = self.global_step
-        for group in optimizer.param_groups:
-            group["lr"] = self.schedule.lr(step) * group.get("lr_scale", 1.0)
+        self.schedule.drive(optimizer, step)
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.target is not None:
             self.target.update(self.online, self.schedule.momentum(step))
+        self.after_step()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Clips each gradient by itself where the recipe says so: they are complete and unscaled here."""
+        if self.recipe.clip_each is not None:
+            clip_each(self.parameters(), self.recipe.clip_each)
+
+    def after_step(self) -> None:
+        """For what moves once per optimiser step, as a running centre does; the target has moved already."""
 
     # ---- what is kept
+    def exported(self) -> tuple[Online, str]:
+        """The container whose encoder is exported, and the beginning of its names in the state dict."""
+        return self.online, "online."
+
     def backbone(self) -> Encoder:
-        """The online encoder that is exported, with its decoder where there is one."""
-        return self.online.backbone()
+        """The encoder that is exported, with its decoder where there is one."""
+        return self.exported()[0].backbone()
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ class Method(L.LightningModule, Configured):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the method and its encoder, as plain data (loads with ``weights_only=True``)."""
         schedule = None if self.schedule is None else self.schedule.state_dict()
-        checkpoint["poodle_lightning"] = describe(self, self.online) | {"schedule": schedule}
+        checkpoint["poodle_lightning"] = describe(self, *self.exported()) | {"schedule": schedule}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the schedule of the run that is resumed: its horizon was fixed when it began."""

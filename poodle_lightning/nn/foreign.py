@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class Format:
         needs: beginnings of keys without which a file is not of this format.
         default: the network that is taken unless one is asked for.
         pos_interp: how the project's vision transformers take other image sizes.
+        mask_token: what the token that stands for masked patches is called, where the encoder has one.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Format:
     needs: tuple[str, ...] = ()
     default: Network = "online"
     pos_interp: Literal["timm", "dino"] = "timm"
+    mask_token: str | None = None
 
 
 FORMATS = (
@@ -71,6 +73,7 @@ FORMATS = (
         ("student.backbone.masked_embed",),
         "teacher",
         "dino",
+        "masked_embed",
     ),
     # facebookresearch/dino main_dino.py; shashankvkt/DoRA_ICLR24 main.py writes the same
     Format("DINO", {"student.backbone.": ""}, {"teacher.backbone.": ""}, (), "teacher", "dino"),
@@ -85,7 +88,8 @@ FORMATS = (
     Format("MoCo-v3", {"base_encoder.": ""}, {"momentum_encoder.": ""}, ("base_encoder.",)),
     # zdaxie/PixPro contrast/models/PixPro.py, transfer/detection/convert_pretrain_to_d2.py
     Format("PixPro", {"encoder.": ""}, {"encoder_k.": ""}, ("encoder.", "encoder_k.")),
-    # facebookresearch/mae models_mae.py: the encoder bare, the decoder beside it
+    # facebookresearch/mae models_mae.py: the encoder bare, the decoder beside it. Its networks are timm's and
+    # take one size; for what it does to a file's positions before, give ViT(pos_interp="mae")
     Format("MAE", {"": ""}, {}, ("decoder_pos_embed",)),
     # facebookresearch/swav src/resnet50.py, hubconf.py
     Format("SwAV", {"": ""}, {}, ("projection_head.",)),
@@ -123,6 +127,21 @@ class Translated:
         rest = [key for key in self.state if key.startswith("decoder.")]
         return Translated(self.format, self.network, bare, self.leftover + rest)
 
+    def fitted_to(self, encoder: Encoder) -> Translated:
+        """What of it a given encoder has a place for: without a decoder or a mask token that it lacks.
+
+        A mask token that only the encoder has stays as it is there, as the encoder's own ``weights`` do.
+        """
+        found = self if isinstance(encoder, DecodedEncoder) else self.without_decoder()
+        own, state = encoder.state_dict().get("mask_token"), dict(found.state)
+        # a bare file of ViT's own names holds it under the name it has here; MAE's is the decoder's
+        elsewhere = found.format.name != "MAE" and "mask_token" in found.leftover
+        if own is None:
+            state.pop("mask_token", None)
+        elif not elsewhere:
+            state.setdefault("mask_token", own)
+        return replace(found, state=state)
+
 
 def find(
     content: Mapping[str, Any], network: Network | None = None, source: str = "the file"
@@ -134,7 +153,7 @@ def find(
             continue
         maps: dict[Network, Mapping[str, str]] = {"online": row.online, "teacher": row.teacher}
         other: Network = "online" if row.default == "teacher" else "teacher"
-        found = {name: _renamed(tensors, maps[name]) for name in (row.default, other)}
+        found = {name: _renamed(tensors, maps[name], row.mask_token) for name in (row.default, other)}
         if not any(found.values()):
             continue
         chosen = network or (row.default if found[row.default] else other)
@@ -208,6 +227,8 @@ def title(encoder: Encoder) -> str:
             (arguments["dim"], arguments["depth"]), f"{arguments['dim']}x{arguments['depth']}"
         )
         heads = "1 head" if arguments["heads"] == 1 else f"{arguments['heads']} heads"
+        if arguments["last_heads"] is not None:
+            heads += f" ({arguments['last_heads']} in the last block)"
         return f"ViT-{size}/{arguments['patch']}, {heads}"
     return type(encoder).__name__
 
@@ -244,7 +265,9 @@ def _flat(content: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
                 yield key.removeprefix("module."), value
 
 
-def _renamed(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, str]:
+def _renamed(
+    tensors: Mapping[str, Tensor], prefixes: Mapping[str, str], mask_token: str | None
+) -> dict[str, str]:
     """``{name in the file: name here}`` of what belongs to an encoder or its decoder."""
     names: dict[str, str] = {}
     for key in tensors:
@@ -254,6 +277,8 @@ def _renamed(tensors: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict
                 own = _RESNET_KEYS.fullmatch(rest) or _VIT_KEYS.fullmatch(rest)
                 if own or new.startswith("decoder."):
                     names[key] = new + rest
+                elif rest == mask_token:
+                    names[key] = f"{new}mask_token"
     return names
 
 
@@ -310,6 +335,7 @@ def _vit(found: Translated, source: str) -> Encoder:
         qkv_bias="blocks.0.attn.qkv.bias" in state,
         class_token=class_token,
         pos_interp=found.format.pos_interp,
+        mask_token="mask_token" in state,
     )
 
 

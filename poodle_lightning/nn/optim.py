@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
+import torch
 from torch import nn, optim
 
 from poodle_lightning.ops.schedules import cosine_momentum, poly, steps, warmup_cosine, warmup_factor
@@ -23,10 +25,17 @@ class Recipe:
         lr: learning rate after the warm-up, before ``scale_lr``.
         min_lr: learning rate at the horizon; never scaled.
         weight_decay: for everything but biases and one-dimensional parameters.
+        weight_decay_end: the weight decay goes there along half a cosine, from ``weight_decay`` at step 0 to
+            the horizon (DINO's 0.04 → 0.4). None: it stays.
+        clip_each: largest norm of the gradient of each single parameter; larger ones are scaled to it
+            (:func:`clip_each`, DINO's 3.0). None: nothing is clipped. Lightning's ``gradient_clip_val`` is
+            another thing: the norm of all gradients together.
         betas: AdamW's.
         eps: AdamW's.
         sgd_momentum: of ``sgd`` and ``lars``.
         warmup_epochs: linear from 0.
+        warmup_closed: the last step of the warm-up has the full rate already, as in DINO's schedule; without,
+            the step after it has.
         horizon_epochs: epochs at which learning rate and momentum reach their ends; independent of how long
             the run really is (PooDLe stops its 300 at 100).
         warmup_steps: optimiser steps; replaces ``warmup_epochs``.
@@ -41,10 +50,13 @@ class Recipe:
     lr: float = 5e-4
     min_lr: float = 0.0
     weight_decay: float = 1e-2
+    weight_decay_end: float | None = None
+    clip_each: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6
     sgd_momentum: float = 0.9
     warmup_epochs: float = 2.0
+    warmup_closed: bool = False
     horizon_epochs: float | None = 300.0
     warmup_steps: int | None = None
     horizon_steps: int | None = None
@@ -70,11 +82,13 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
     Args:
         module: whose parameters are grouped; shared parameters are taken once.
-        weight_decay: of the first group; the second has 0.
+        weight_decay: of the first group; the second has 0. Which is which also stands under ``"decays"``, for
+            :meth:`Schedule.drive`.
     """
+    decayed, exempt = _split(module)
     groups = [
-        {"params": params, "weight_decay": decay}
-        for params, decay in zip(_split(module), (weight_decay, 0.0), strict=True)
+        {"params": decayed, "weight_decay": weight_decay, "decays": True},
+        {"params": exempt, "weight_decay": 0.0, "decays": False},
     ]
     return [group for group in groups if group["params"]]
 
@@ -102,8 +116,10 @@ def build_optimizer(recipe: Recipe, module: nn.Module, global_batch: int) -> opt
         global_batch: samples per optimiser step, for ``scale_lr``.
 
     Raises:
-        UserError: nothing to train, or an unknown optimiser.
+        UserError: nothing to train, a limit of gradients that is not positive, or an unknown optimiser.
     """
+    if recipe.clip_each is not None and recipe.clip_each <= 0:
+        raise UserError(f"recipe.clip_each={recipe.clip_each} leaves no gradient: set it above 0, or to null")
     groups = parameter_groups(module, recipe.weight_decay)
     if not groups:
         raise UserError(f"{type(module).__name__} has no trainable parameters: unfreeze some")
@@ -125,9 +141,26 @@ def build_optimizer(recipe: Recipe, module: nn.Module, global_batch: int) -> opt
     raise UserError(f"optimizer {recipe.optimizer!r} does not exist: choose adamw, lars or sgd")
 
 
+@torch.no_grad()
+def clip_each(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scales every gradient whose own norm is above a limit to it, in place; nothing is read back.
+
+    A gradient g becomes ``g · min(1, limit / (‖g‖ + 1e-6))``: one parameter at a time, not all together
+    (facebookresearch/dino ``utils.py``, ``clip_gradients``).
+
+    Args:
+        parameters: those without a gradient are passed over.
+        limit: the largest norm.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if gradients:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        torch._foreach_mul_(gradients, list((limit / (norms + 1e-6)).clamp(max=1.0).unbind()))
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate and momentum as pure functions of the optimiser step, epochs converted once.
+    """Learning rate, weight decay and momentum as pure functions of the step, epochs converted once.
 
     It is plain numbers, so a checkpoint keeps it (:meth:`state_dict`) and a resumed run with other loader
     lengths goes on along the same curve.
@@ -145,6 +178,8 @@ class Schedule:
         milestones: steps at which ``step`` multiplies the rate by ``gamma``.
         gamma: of ``step``.
         warmup_ratio: the factor at step 0.
+        warmup_closed: of ``cosine``, see ``warmup_cosine``.
+        weight_decay: at step 0 and at the horizon. None: the optimiser's own is left as it is.
     """
 
     base_lr: float
@@ -158,6 +193,8 @@ class Schedule:
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1
     warmup_ratio: float = 0.0
+    warmup_closed: bool = False
+    weight_decay: tuple[float, float] | None = None
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, steps_per_epoch: int, global_batch: int | None = None) -> Self:
@@ -190,11 +227,21 @@ class Schedule:
                 f"recipe.scale_lr={recipe.scale_lr} needs the global batch, which is not known here"
             )
         lr = recipe.lr if global_batch is None else recipe.scaled_lr(global_batch)
-        return cls(lr, recipe.min_lr, warmup, horizon, recipe.ema_start, recipe.ema_end)
+        decay_end = recipe.weight_decay_end
+        return cls(
+            lr,
+            recipe.min_lr,
+            warmup,
+            horizon,
+            recipe.ema_start,
+            recipe.ema_end,
+            warmup_closed=recipe.warmup_closed,
+            weight_decay=None if decay_end is None else (recipe.weight_decay, decay_end),
+        )
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Self:
-        """The schedule that :meth:`state_dict` described."""
+        """The schedule that :meth:`state_dict` described; what an older one lacks has its default."""
         return cls(**state)
 
     def state_dict(self) -> dict[str, Any]:
@@ -204,13 +251,27 @@ class Schedule:
     def lr(self, step: int) -> float:
         """Learning rate of optimiser step ``step``, counted from 0."""
         if self.decay == "cosine":
-            return warmup_cosine(step, self.base_lr, self.min_lr, self.warmup, self.horizon)
+            return warmup_cosine(
+                step, self.base_lr, self.min_lr, self.warmup, self.horizon, self.warmup_closed
+            )
         rate = self.base_lr
         if self.decay == "poly":
             rate = poly(step, self.base_lr, self.min_lr, self.power, self.horizon)
         elif self.decay == "step":
             rate = steps(step, self.base_lr, self.milestones, self.gamma)
         return rate * warmup_factor(step, self.warmup, self.warmup_ratio)
+
+    def drive(self, optimizer: optim.Optimizer, step: int) -> None:
+        """Sets what the optimiser works with at a step, counted from 0.
+
+        The learning rate of every group, times the group's ``"lr_scale"`` if it has one; and, where it is
+        scheduled, the weight decay of the groups that decay (``"decays"``, see :func:`parameter_groups`).
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(step) * group.get("lr_scale", 1.0)
+            if self.weight_decay is not None and group.get("decays", False):
+                # the same half cosine that the momentum has
+                group["weight_decay"] = cosine_momentum(step, *self.weight_decay, self.horizon)
 
     def momentum(self, step: int) -> float:
         """Momentum of the target network at optimiser step ``step``, counted from 0."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from poodle_lightning.nn.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from poodle_lightning.nn.mae_decoder import sincos_positions
 from poodle_lightning.nn.weights import load_state, read_state
 from poodle_lightning.types import Features, UserError
 
@@ -47,13 +48,20 @@ class ViT(Encoder):
         drop_path: stochastic depth of the last block, rising linearly from 0 at the first.
         pos_interp: ``"timm"``: bicubic to the size of the grid with antialiasing; ``"dino"``: bicubic by the
             factor (grid + 0.1) / (old grid) without (facebookresearch/dino ``vision_transformer.py``,
-            ``interpolate_pos_encoding``). They agree at ``image_size`` only.
+            ``interpolate_pos_encoding``). ``"mae"``: bicubic to the size of the grid without
+            (facebookresearch/mae ``util/pos_embed.py``, ``interpolate_pos_embed``). They agree at
+            ``image_size`` only.
         mask_token: adds the parameter ``mask_token (1, dim)``, zero at first, that stands for masked patches
             (iBOT; bytedance/ibot ``models/vision_transformer.py``, ``masked_embed``).
         weights: path of a state dict with timm's names; a head in it is left out, and a mask token that it
             lacks stays zero.
         mean: see :class:`Encoder`; several of timm's weights want 0.5.
         std: likewise.
+        last_heads: attention heads of the last block, where they are to be others; it computes with them, and
+            is trained so. DoRA finds more than 6 objects with 16 or 32 (appendix B.2); see :meth:`look` for
+            splitting anew what was trained with other heads.
+        positions: ``"learned"`` ones, or ``"sincos"``: MAE's fixed ones, which are not trained but stand in
+            the state dict as ``pos_embed`` all the same.
 
     Raises:
         UserError: sizes that do not fit each other, or weights that do not fit.
@@ -70,16 +78,21 @@ class ViT(Encoder):
         qkv_bias: bool = True,
         class_token: bool = True,
         drop_path: float = 0.0,
-        pos_interp: Literal["timm", "dino"] = "timm",
+        pos_interp: Literal["timm", "dino", "mae"] = "timm",
         mask_token: bool = False,
         weights: str | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        last_heads: int | None = None,
+        positions: Literal["learned", "sincos"] = "learned",
     ) -> None:
-        if dim % heads:
-            raise UserError(f"ViT dim={dim} is no multiple of heads={heads}")
-        if pos_interp not in ("timm", "dino"):
-            raise UserError(f"ViT pos_interp={pos_interp!r} is not offered: choose timm or dino")
+        for name, count in (("heads", heads), ("last_heads", last_heads or heads)):
+            if count < 1 or dim % count:
+                raise UserError(f"ViT dim={dim} is no multiple of {name}={count}")
+        if pos_interp not in ("timm", "dino", "mae"):
+            raise UserError(f"ViT pos_interp={pos_interp!r} is not offered: choose mae, timm or dino")
+        if positions not in ("learned", "sincos"):
+            raise UserError(f"ViT positions={positions!r} is not offered: choose learned or sincos")
         names = [f"block{i}" for i in range(depth)]
         super().__init__(dict.fromkeys(names, dim), dict.fromkeys(names, patch), mean, std)
         self.patch, self.pos_interp = patch, pos_interp
@@ -100,9 +113,14 @@ class ViT(Encoder):
             dynamic_img_size=True,
         )
         self.cls_token = core.cls_token
-        self.pos_embed = core.pos_embed
+        if positions == "learned":
+            self.pos_embed = core.pos_embed
+        else:
+            self.register_buffer("pos_embed", sincos_positions(dim, self.grid, class_token))
         self.patch_embed = core.patch_embed
         self.blocks = core.blocks
+        if last_heads is not None:
+            _split_anew(self.blocks[-1].attn, last_heads)
         self.norm = core.norm
         self.mask_token = nn.Parameter(torch.zeros(1, dim)) if mask_token else None
         if weights is not None:
@@ -131,11 +149,11 @@ class ViT(Encoder):
             behind.append(x)
         return self._read(behind, grid)
 
-    def look(self, images: Tensor, heads: int | None = None) -> Features:
+    def look(self, images: Tensor, heads: int | None = None, rows: int | None = None) -> Features:
         """Like a call, with attention, queries and keys of the last block, which are computed once.
 
-        All other blocks use fused attention. Maps and vector are those of a call, up to rounding. Nothing is
-        detached.
+        All other blocks use fused attention, and with ``rows`` the last one too. Maps and vector are those of
+        a call, up to rounding. Nothing is detached.
 
         Args:
             images: ``(B, 3, H, W)``, float in [0, 1].
@@ -144,12 +162,13 @@ class ViT(Encoder):
                 what is returned changes: the block still computes with the heads that it was trained with.
                 DoRA finds k > 6 objects so, with 16 or 32 heads (appendix B.2: "we decompose the query and
                 key embeddings"; its public code has no such switch).
+            rows: only the attention of the first ``rows`` tokens is computed and returned; 1 is [CLS]'s.
 
         Returns:
-            Features with ``attention (B, heads, N, N)``, whose rows are softmaxes in float32 also under
-            autocast, and ``queries`` and ``keys (B, heads, N, dim / heads)`` as the block computes them, not
-            scaled; ``queries.transpose(1, 2).flatten(2)`` has the heads side by side. N counts all tokens,
-            [CLS] first, then the patches row by row.
+            Features with ``attention (B, heads, N, N)``, or ``(B, heads, rows, N)``, whose rows are softmaxes
+            in float32 also under autocast, and ``queries`` and ``keys (B, heads, N, dim / heads)`` of all
+            tokens as the block computes them, not scaled; ``queries.transpose(1, 2).flatten(2)`` has the
+            heads side by side. N counts all tokens, [CLS] first, then the patches row by row.
 
         Raises:
             UserError: the size is no multiple of the patch, or ``dim`` is none of ``heads``.
@@ -163,7 +182,7 @@ class ViT(Encoder):
         for block in others:
             x = block(x)
             behind.append(x)
-        x, attention, queries, keys = _attend(last, x, heads)
+        x, attention, queries, keys = _attend(last, x, heads, rows)
         return self._read([*behind, x], grid, attention=attention, queries=queries, keys=keys)
 
     def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -195,9 +214,12 @@ class ViT(Encoder):
             return embedding
         if self.pos_interp == "timm":
             return resample_abs_pos_embed(embedding, [height, width], list(self.grid), prefix)
-        patches = embedding[:, prefix:].transpose(1, 2).unflatten(2, self.grid)
-        factors = ((height + 0.1) / self.grid[0], (width + 0.1) / self.grid[1])
-        patches = functional.interpolate(patches.float(), scale_factor=factors, mode="bicubic")
+        patches = embedding[:, prefix:].transpose(1, 2).unflatten(2, self.grid).float()
+        if self.pos_interp == "mae":
+            patches = functional.interpolate(patches, size=(height, width), mode="bicubic")
+        else:
+            factors = ((height + 0.1) / self.grid[0], (width + 0.1) / self.grid[1])
+            patches = functional.interpolate(patches, scale_factor=factors, mode="bicubic")
         return torch.cat([embedding[:, :prefix], patches.flatten(2).transpose(1, 2).to(embedding)], dim=1)
 
     def _embed(
@@ -282,25 +304,34 @@ class ViT(Encoder):
         return height // self.patch, width // self.patch
 
 
-def _attend(block: Any, x: Tensor, heads: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split_anew(attention: Any, heads: int) -> None:
+    """Another number of heads for timm's attention: its weights depend on none."""
+    attention.num_heads, attention.head_dim = heads, attention.qkv.out_features // (3 * heads)
+    attention.scale = attention.head_dim**-0.5
+
+
+def _attend(
+    block: Any, x: Tensor, heads: int | None, rows: int | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One block of timm's, written out; its output, attention, queries and keys, see :meth:`ViT.look`."""
     own: int = block.attn.num_heads
     qkv: Tensor = block.attn.qkv(block.norm1(x))
     queries, keys, values = qkv.unflatten(2, (3, own, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    if heads is None or heads == own:
+    if rows is None and heads in (None, own):
         attention = _attention(queries, keys)
         mixed = attention.to(values.dtype) @ values
     else:
         mixed = functional.scaled_dot_product_attention(queries, keys, values)
-        queries, keys = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2)[:2])
-        attention = _attention(queries, keys)
+        if heads is not None:
+            queries, keys = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, 2)[:2])
+        attention = _attention(queries if rows is None else queries[:, :, :rows], keys)
     x = x + block.drop_path1(block.ls1(block.attn.proj(mixed.transpose(1, 2).flatten(2))))
     x = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     return x, attention, queries, keys
 
 
 def _attention(queries: Tensor, keys: Tensor) -> Tensor:
-    """Softmax of the scaled products, ``(B, heads, N, N)`` in float32 at least."""
+    """Softmax of the scaled products, ``(B, heads, rows, N)`` in float32 at least."""
     exact = torch.promote_types(queries.dtype, torch.float32)
     with torch.autocast(queries.device.type, enabled=False):
         scores = (queries.to(exact) * queries.shape[-1] ** -0.5) @ keys.to(exact).transpose(-2, -1)

@@ -1,7 +1,9 @@
 import math
 
+import numpy as np
 import pytest
 import torch
+from torchvision import transforms
 
 from poodle_lightning.augment.geometric import AffineFlip, ResizedCrop, draw_views
 from poodle_lightning.ops.geometry import extent_to_pixels, pixel_grid, pull
@@ -116,3 +118,91 @@ def test_outside_the_crop_is_black_or_the_border_repeated():
 def test_impossible_shifts_and_borders_are_refused(wrong):
     with pytest.raises(ValueError, match="must"):
         AffineFlip(**wrong)
+
+
+def torchvisions(count, size, area, ratio):
+    """Left, top, width and height that torchvision draws for an image of ``size``, as shares of it."""
+    torch.manual_seed(0)
+    image = torch.empty(1, 1, 1).expand(1, *size)
+    drawn = [transforms.RandomResizedCrop.get_params(image, list(area), list(ratio)) for _ in range(count)]
+    top, left, height, width = np.array(drawn, dtype=float).T
+    return {
+        "left": left / size[1],
+        "top": top / size[0],
+        "width": width / size[1],
+        "height": height / size[0],
+    }
+
+
+def largest_gap(one, other):
+    """Between two empirical distributions (Kolmogorov and Smirnov)."""
+    at = np.sort(np.concatenate([one, other])) + 1e-4  # what torchvision rounds to whole pixels is one atom
+    steps = [np.searchsorted(np.sort(sample), at, side="right") / len(sample) for sample in (one, other)]
+    return np.abs(steps[0] - steps[1]).max()
+
+
+@pytest.mark.parametrize("area", [(0.4, 1.0), (0.05, 0.4)])
+@pytest.mark.parametrize("true", [(8000, 8000), (4500, 8000), (9000, 3000), (2000, 9000)])
+def test_redrawn_crops_are_torchvisions(true, area):
+    """Of a picture of any shape that was squeezed into a square; in float the same law, but for rounding."""
+    count, ratio = 2000, (3 / 4, 4 / 3)
+    crop = ResizedCrop((32, 32), area, ratio, flip=0.0, fit="redraw")
+    matrix = crop.draw(keys(count), (64, 64), torch.full((count,), true[1] / true[0])).matrix.numpy()
+    width, height = matrix[:, 0, 0], matrix[:, 1, 1]
+    ours = {
+        "left": (matrix[:, 0, 2] - width + 1) / 2,
+        "top": (matrix[:, 1, 2] - height + 1) / 2,
+        "width": width,
+        "height": height,
+    }
+    theirs = torchvisions(count, true, area, ratio)
+    bound = 1.95 * math.sqrt(2 / count)  # one of a thousand true pairs is further apart
+    for name, values in ours.items():
+        assert largest_gap(values, theirs[name]) < bound, name
+    # and the other way of fitting is another law, where some crops do not fit
+    cut = ResizedCrop((32, 32), area, ratio, flip=0.0).draw(
+        keys(count), (64, 64), torch.full((count,), true[1] / true[0])
+    )
+    if area[1] == 1.0 and true[0] == true[1]:
+        assert largest_gap(cut.matrix[:, 1, 1].numpy(), theirs["height"]) > bound
+
+
+@pytest.mark.parametrize("true", [(1000, 9000), (9000, 1000)])
+def test_what_never_fits_is_the_largest_crop_in_the_middle(true):
+    """torchvision's way out, to the pixel."""
+    crop = ResizedCrop((32, 32), (0.9, 1.0), flip=0.0, fit="redraw")
+    matrix = crop.draw(keys(5), (64, 64), torch.full((5,), true[1] / true[0])).matrix
+    theirs = torchvisions(5, true, crop.area, crop.ratio)
+    for row in range(5):
+        assert float(matrix[row, 0, 0]) == pytest.approx(theirs["width"][row], abs=1e-3)
+        assert float(matrix[row, 1, 1]) == pytest.approx(theirs["height"][row], abs=1e-3)
+        assert matrix[row, :2, 2].tolist() == [0.0, 0.0]
+        assert theirs["left"][row] == pytest.approx((1 - theirs["width"][row]) / 2, abs=1e-3)
+
+
+def test_ranges_hold_in_true_pixels_of_each_image():
+    aspects = torch.tensor([0.5, 1.0, 2.0]).repeat(200)
+    crop = ResizedCrop((32, 32), area=(0.1, 0.3), ratio=(0.5, 2.0), flip=0.5, fit="redraw")
+    matrix = crop.draw(keys(600), (48, 96), aspects).matrix
+    width, height = matrix[:, 0, 0].abs(), matrix[:, 1, 1]
+    assert (width * height).min() >= 0.1 - 1e-5
+    assert (width * height).max() <= 0.3 + 1e-5
+    ratio = (width * aspects / height).reshape(200, 3)
+    assert ratio.min() >= 0.5 - 1e-4
+    assert ratio.max() <= 2.0 + 1e-4
+    assert (ratio.amin(dim=0) < 0.55).all()
+    assert (ratio.amax(dim=0) > 1.8).all()
+
+
+@pytest.mark.parametrize("fit", ["cut", "redraw"])
+def test_a_picture_of_its_own_shape_needs_no_aspect(fit):
+    crop = ResizedCrop((32, 32), (0.3, 1.0), fit=fit)
+    there = crop.draw(keys(100), SIZE, torch.full((100,), SIZE[1] / SIZE[0])).matrix
+    torch.testing.assert_close(there, crop.draw(keys(100), SIZE).matrix)
+    view = crop(torch.rand(3, 3, *SIZE), keys(3), torch.tensor([0.5, 1.0, 3.0]))
+    assert torch.equal(view.to_clean.matrix, crop.draw(keys(3), SIZE, torch.tensor([0.5, 1.0, 3.0])).matrix)
+
+
+def test_an_unknown_fit_is_refused():
+    with pytest.raises(ValueError, match='fit must be "cut" or "redraw"'):
+        ResizedCrop(fit="pad")

@@ -1,4 +1,7 @@
-"""The base's five duties, on a tiny FlowE-free method so that nothing else can go wrong."""
+"""The base's duties, on a tiny FlowE-free method so that nothing else can go wrong."""
+
+import math
+import warnings
 
 import lightning as L
 import pytest
@@ -6,6 +9,7 @@ import torch
 from tiny_models import make_clip, tiny_encoder, tiny_recipe
 from torch.utils.data import DataLoader
 
+from poodle_lightning import from_pretrained
 from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.methods.base import Method
 from poodle_lightning.methods.byol import BYOL
@@ -74,6 +78,94 @@ def test_learning_rate_is_the_schedules_at_every_step(tmp_path):
     cosine = lambda s: 0.5 * (1 + torch.cos(torch.tensor(torch.pi * (s - 2) / 4)).item())  # noqa: E731
     expected = [0.0, 0.5, cosine(2), cosine(3), cosine(4)]
     assert watcher.rates == pytest.approx(expected, abs=1e-6)
+
+
+def test_weight_decay_grows_at_every_step(tmp_path):
+    used = []
+
+    class Used(L.Callback):
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            used.append([group["weight_decay"] for group in optimizer.param_groups])
+
+    fit(tiny(weight_decay=0.04, weight_decay_end=0.4, horizon_steps=6), 4, tmp_path, callbacks=[Used()])
+    expected = [0.4 + 0.5 * (0.04 - 0.4) * (1 + math.cos(math.pi * step / 6)) for step in range(4)]
+    assert [decayed for decayed, _ in used] == pytest.approx(expected)
+    assert [exempt for _, exempt in used] == [0.0] * 4
+
+
+def test_gradients_are_clipped_one_by_one_and_once_per_step(tmp_path):
+    """With plain SGD at rate 1 no parameter moves further than the limit; together they do."""
+    method = tiny(optimizer="sgd", lr=1.0, weight_decay=0.0, sgd_momentum=0.0, clip_each=1e-3)
+    before = [parameter.detach().clone() for parameter in method.online.parameters()]
+    fit(method, 1, tmp_path, accumulate_grad_batches=2)
+    moved = [(a - b).detach().norm() for a, b in zip(method.online.parameters(), before, strict=True)]
+    assert float(max(moved)) == pytest.approx(1e-3, rel=1e-3)
+    assert torch.stack(moved).norm() > 2e-3
+
+
+class Counting(BYOL):
+    """Notes at what step, and with the target how far from the online network, its hook is called."""
+
+    def after_step(self) -> None:
+        gap = sum(
+            float((a - b).detach().norm())
+            for a, b in zip(self.online.parameters(), self.target.parameters(), strict=True)
+        )
+        self.__dict__.setdefault("calls", []).append((self.global_step, gap))
+
+
+def test_a_method_hears_of_every_step_once_and_after_the_target_has_moved(tmp_path):
+    torch.manual_seed(0)
+    method = Counting(
+        tiny_encoder(),
+        hidden=16,
+        out=8,
+        crop=ResizedCrop((32, 32)),
+        recipe=tiny_recipe(ema_start=0.0, ema_end=0.0),
+    )  # with a momentum of 0 the target is where the online network is
+    fit(method, 3, tmp_path, accumulate_grad_batches=2)
+    assert method.calls == [(0, 0.0), (1, 0.0), (2, 0.0)]
+
+
+class Teacher(BYOL):
+    """Exports its target."""
+
+    def exported(self):
+        return self.target.module, "target.module."
+
+
+def test_a_checkpoint_gives_the_encoder_that_the_method_exports(tmp_path):
+    torch.manual_seed(0)
+    method = Teacher(tiny_encoder(), hidden=16, out=8, crop=ResizedCrop((32, 32)), recipe=tiny_recipe(lr=0.1))
+    fit(method, 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    assert method.backbone() is method.target.module.encoder
+    found = from_pretrained(tmp_path / "a.ckpt").state_dict()
+    for name, value in method.target.module.encoder.state_dict().items():
+        assert torch.equal(found[name], value), name
+    assert not torch.equal(found["conv1.weight"], method.online.encoder.conv1.weight)
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path):
+    """Its schedule lacks two numbers, and its optimiser's groups do not say whether they decay."""
+    fit(tiny(), 2, tmp_path).save_checkpoint(tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    for name in ("warmup_closed", "weight_decay"):
+        del content["poodle_lightning"]["schedule"][name]
+    for name in ("warmup_closed", "weight_decay_end", "clip_each"):
+        del content["poodle_lightning"]["method"]["init_args"]["recipe"]["init_args"][name]
+    for group in content["optimizer_states"][0]["param_groups"]:
+        del group["decays"]
+    torch.save(content, tmp_path / "old.ckpt")
+    assert BYOL.load_from_checkpoint(tmp_path / "old.ckpt").recipe == tiny().recipe
+    ends = []
+    for name in ("a.ckpt", "old.ckpt"):
+        method = tiny()
+        trainer = L.Trainer(accelerator="cpu", max_steps=4, barebones=True, default_root_dir=tmp_path)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="going on along")
+            trainer.fit(method, DataLoader(Clips(12), batch_size=None), ckpt_path=tmp_path / name)
+        ends.append(method.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_epochs_become_steps_once_and_stay_so_in_the_checkpoint(tmp_path):

@@ -3,11 +3,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from device_reads import DeviceReads
 from torch import nn
 
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.heads import MLP
-from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer, parameter_groups
+from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer, clip_each, parameter_groups
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.types import UserError
 
@@ -160,3 +161,120 @@ def test_bad_recipes(recipe, message):
 def test_unknown_optimiser():
     with pytest.raises(UserError, match="'adam' does not exist"):
         build_optimizer(Recipe(optimizer="adam"), nn.Linear(1, 1), 1)
+
+
+DINO = {
+    "lr": 5e-4,
+    "min_lr": 1e-6,
+    "weight_decay": 0.04,
+    "weight_decay_end": 0.4,
+    "warmup_epochs": 10.0,
+    "warmup_closed": True,
+    "horizon_epochs": 100.0,
+    "scale_lr": "linear",
+    "reference_batch": 256,
+    "ema_start": 0.996,
+}
+
+
+def half_cosine(start, end, count):
+    return end + 0.5 * (start - end) * (1 + np.cos(np.pi * np.arange(count) / count))
+
+
+@pytest.mark.parametrize("per_epoch", [1, 2, 37])
+def test_schedules_equal_dinos_at_every_step_of_a_hundred_epochs(per_epoch):
+    """DINO's arrays: a line with both its ends, then half a cosine over the steps that are left."""
+    schedule = Schedule.from_recipe(Recipe(**DINO), per_epoch, global_batch=512)
+    warm, total = 10 * per_epoch, 100 * per_epoch
+    rates = np.concatenate([np.linspace(0.0, 1e-3, warm), half_cosine(1e-3, 1e-6, total - warm)])
+    decays, momenta = half_cosine(0.04, 0.4, total), half_cosine(0.996, 1.0, total)
+    module = nn.Linear(2, 2)
+    optimizer = build_optimizer(Recipe(**DINO), module, global_batch=512)
+    for step in range(total):
+        schedule.drive(optimizer, step)
+        decayed, exempt = optimizer.param_groups
+        assert decayed["lr"] == exempt["lr"] == pytest.approx(rates[step], rel=1e-12, abs=1e-18)
+        assert decayed["weight_decay"] == pytest.approx(decays[step], rel=1e-12)
+        assert exempt["weight_decay"] == 0.0
+        assert schedule.momentum(step) == pytest.approx(momenta[step], rel=1e-12)
+
+
+def test_a_closed_warm_up_of_one_step_starts_at_zero():
+    schedule = Schedule.from_recipe(Recipe(lr=1.0, warmup_steps=1, horizon_steps=9, warmup_closed=True), 1)
+    assert [schedule.lr(step) for step in range(2)] == [*np.linspace(0.0, 1.0, 1), 1.0]
+
+
+@pytest.mark.parametrize("step", [0, 50, 99])
+def test_a_decay_that_grows_is_the_one_that_is_used(step):
+    """A step without a gradient shrinks AdamW's weights by rate times decay."""
+    recipe = Recipe(lr=0.5, weight_decay=0.0, weight_decay_end=0.4, warmup_steps=0, horizon_steps=100)
+    module = nn.Linear(3, 3)
+    optimizer, before = build_optimizer(recipe, module, 1), copy.deepcopy(module)
+    schedule = Schedule.from_recipe(recipe, 1)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    schedule.drive(optimizer, step)
+    optimizer.step()
+    decay = half_cosine(0.0, 0.4, 100)[step]
+    torch.testing.assert_close(module.weight, before.weight * (1 - schedule.lr(step) * decay))
+    assert torch.equal(module.bias, before.bias)
+
+
+def test_a_decay_without_an_end_is_left_alone_and_rates_keep_their_scale():
+    recipe = Recipe(lr=0.5, weight_decay=0.03, warmup_steps=0, horizon_steps=100)
+    optimizer = build_optimizer(recipe, nn.Linear(3, 3), 1)
+    optimizer.param_groups[0].update(weight_decay=0.7, lr_scale=0.1)
+    Schedule.from_recipe(recipe, 1).drive(optimizer, 30)
+    rate = half_cosine(0.5, 0.0, 100)[30]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.7, 0.0]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * rate, rate])
+
+
+def test_a_schedule_of_an_older_checkpoint():
+    """It had neither of the two newer numbers, and is the one that the same recipe plans today."""
+    planned = Schedule.from_recipe(Recipe(), steps_per_epoch=10)
+    old = {k: v for k, v in planned.state_dict().items() if k not in ("warmup_closed", "weight_decay")}
+    assert Schedule.from_state(old) == planned
+
+
+def test_a_schedule_with_a_decay_survives_a_checkpoint(tmp_path):
+    schedule = Schedule.from_recipe(Recipe(**DINO), 10, global_batch=256)
+    torch.save(schedule.state_dict(), tmp_path / "s.pt")
+    assert Schedule.from_state(torch.load(tmp_path / "s.pt", weights_only=True)) == schedule
+
+
+def test_every_gradient_is_clipped_by_itself():
+    """One after the other in float64, with DINO's 1e-6."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(3, 4), (5,), (), (2, 3, 2, 2), (7,)]
+    scales = [0.01, 10.0, 3.0, 0.2, 0.0]
+    parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    for parameter, scale in zip(parameters, scales, strict=True):
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+    expected = []
+    for gradient in (parameter.grad.double().numpy() for parameter in parameters):
+        norm = np.sqrt(np.square(gradient).sum())
+        expected.append(gradient * 0.5 / (norm + 1e-6) if 0.5 / (norm + 1e-6) < 1 else gradient.copy())
+    idle = nn.Parameter(torch.zeros(2))
+    clip_each([*parameters, idle], 0.5)
+    assert idle.grad is None
+    for parameter, wanted in zip(parameters, expected, strict=True):
+        np.testing.assert_allclose(parameter.grad.numpy(), wanted, rtol=1e-5)
+    assert np.linalg.norm(parameters[1].grad) == pytest.approx(0.5, rel=1e-5)
+    clip_each([idle], 0.5)
+
+
+def test_clipping_reads_nothing_back():
+    parameters = list(MLP(8, 16, 4).parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    with DeviceReads([parameter.grad for parameter in parameters]) as reads:
+        clip_each(parameters, 0.1)
+    assert reads.found == []
+    assert max(float(parameter.grad.norm()) for parameter in parameters) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0])
+def test_a_limit_that_leaves_nothing_is_refused(limit):
+    with pytest.raises(UserError, match=r"recipe\.clip_each=.* set it above 0, or to null"):
+        build_optimizer(Recipe(clip_each=limit), nn.Linear(1, 1), 1)

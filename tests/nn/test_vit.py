@@ -1,8 +1,12 @@
+import math
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from timm.layers import Attention
 from torch.nn import functional
-from vit_twins import SIZES, antialiased, interpolated, pair
+from vit_twins import SIZES, antialiased, interpolated, pair, timms_last_block
 
 from poodle_lightning.configured import build, spec
 from poodle_lightning.nn.vit import ViT
@@ -31,8 +35,11 @@ def test_equals_timm(class_token, size):
 
 @pytest.mark.parametrize("size", [(5, 9), (2, 3), (4, 7), (9, 4), (11, 17), (1, 6)])
 @pytest.mark.parametrize(("patch", "image_size"), [(8, (32, 48)), (16, (112, 112))])
-@pytest.mark.parametrize(("pos_interp", "formula"), [("dino", interpolated), ("timm", antialiased)])
-def test_positions_as_dino_and_timm_interpolate_them(pos_interp, formula, patch, image_size, size):
+@pytest.mark.parametrize(
+    ("pos_interp", "formula"),
+    [("dino", interpolated), ("timm", antialiased), ("mae", partial(interpolated, extra=0.0))],
+)
+def test_positions_as_dino_timm_and_mae_interpolate_them(pos_interp, formula, patch, image_size, size):
     ours = ViT(
         patch=patch, dim=16, depth=1, heads=1, image_size=image_size, mlp_ratio=1.0, pos_interp=pos_interp
     )
@@ -44,7 +51,7 @@ def test_positions_as_dino_and_timm_interpolate_them(pos_interp, formula, patch,
     grid = ours.pos_embed[0, 1:].detach().double().reshape(*native, 16).numpy()
     np.testing.assert_allclose(found[1:].numpy(), formula(grid, size).reshape(-1, 16), atol=1e-5)
     assert torch.equal(found[0], ours.pos_embed[0, 0])
-    other = antialiased if formula is interpolated else interpolated
+    other = interpolated if formula is antialiased else antialiased
     assert np.abs(found[1:].numpy() - other(grid, size).reshape(-1, 16)).max() > 1e-2
 
 
@@ -121,6 +128,10 @@ def test_weights_of_another_geometry(tmp_path, change, message):
         (lambda: ViT(**SIZES)(torch.rand(1, 3, 30, 48)), "patches of 8 pixels cannot take 30x48"),
         (lambda: ViT(**{**SIZES, "image_size": (32, 50)}), "cannot take 32x50"),
         (lambda: ViT(**{**SIZES, "heads": 3}), "dim=64 is no multiple of heads=3"),
+        (lambda: ViT(**SIZES, last_heads=5), "dim=64 is no multiple of last_heads=5"),
+        (lambda: ViT(**SIZES, last_heads=-2), "dim=64 is no multiple of last_heads=-2"),
+        (lambda: ViT(**SIZES, positions="none"), "positions='none'.*learned or sincos"),
+        (lambda: ViT(**{**SIZES, "dim": 6}, positions="sincos"), "multiple of 4, not 6"),
         (lambda: ViT(**SIZES, pos_interp="bilinear"), "pos_interp='bilinear'.*timm or dino"),
         (lambda: ViT(**SIZES).look(torch.rand(1, 3, 32, 44)), "cannot take 32x44"),
         (
@@ -223,3 +234,77 @@ def test_tokens_of_the_patches_that_are_kept(class_token, size):
     assert torch.equal(whole[:, class_token:], plain.last.flatten(2).transpose(1, 2))
     with pytest.raises(ValueError, match=r"keep must be \(2, K\), not \(1, 5\)"):
         ours.tokens(images, keep[:1])
+
+
+@pytest.mark.parametrize("heads", [1, 16, 32])
+@pytest.mark.parametrize("size", [(32, 48), (40, 72)])
+def test_other_heads_in_the_last_block(heads, size):
+    """timm's network whose last block is made anew with that many heads, from the same weights."""
+    ours, reference = pair(last_heads=heads)
+    old = reference.blocks[2].attn
+    with torch.no_grad():
+        images = torch.rand(2, 3, *size)
+        before = reference.forward_features((images - ours.mean) / ours.std)
+        reference.blocks[2].attn = Attention(64, num_heads=heads, qkv_bias=True)
+        reference.blocks[2].attn.load_state_dict(old.state_dict())
+        expected = reference.forward_features((images - ours.mean) / ours.std)
+        found, looked, rows = ours(images), ours.look(images), ours.look(images, rows=1)
+    attention, _, _ = timms_last_block(reference, (images - ours.mean) / ours.std)
+    assert (expected - before).abs().max() > 1e-3
+    for features in (found, looked, rows):
+        torch.testing.assert_close(features.vector, expected[:, 0], rtol=1e-5, atol=1e-5)
+        cells = features.last.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(cells, expected[:, 1:], rtol=1e-5, atol=1e-5)
+    assert looked.attention.shape[1] == heads
+    torch.testing.assert_close(looked.attention, attention, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rows.attention, attention[:, :, :1], rtol=1e-5, atol=1e-6)
+
+
+def test_other_heads_in_the_last_block_change_no_name_and_are_remembered():
+    plain, split = ViT(**SIZES), ViT(**SIZES, last_heads=16)
+    shapes = [{k: v.shape for k, v in network.state_dict().items()} for network in (plain, split)]
+    assert shapes[0] == shapes[1]
+    again = build(spec(split))
+    assert [block.attn.num_heads for block in again.blocks] == [2, 2, 16]
+    assert [block.attn.head_dim for block in again.blocks] == [32, 32, 4]
+    assert [block.attn.scale for block in again.blocks] == pytest.approx([32**-0.5, 32**-0.5, 0.5])
+
+
+def test_fixed_positions_are_maes():
+    """The formula of each channel by itself: columns first, sines before cosines; [CLS] has zeros."""
+    ours = ViT(**SIZES, positions="sincos")
+    for row in range(4):
+        for column in range(6):
+            for channel in range(64):
+                place = column if channel < 32 else row
+                angle = place / 10000 ** (channel % 16 / 16)
+                wave = math.cos(angle) if channel % 32 >= 16 else math.sin(angle)
+                assert float(ours.pos_embed[0, 1 + 6 * row + column, channel]) == pytest.approx(
+                    wave, abs=1e-6
+                )
+    assert not ours.pos_embed[0, 0].any()
+    assert ViT(**SIZES, class_token=False, positions="sincos").pos_embed.shape == (1, 24, 64)
+
+
+def test_fixed_positions_stand_in_the_state_dict_but_are_not_trained(tmp_path):
+    learned, fixed = pair()[0], ViT(**SIZES, positions="sincos")
+    assert list(fixed.state_dict()) != []
+    assert fixed.state_dict().keys() == learned.state_dict().keys()
+    assert "pos_embed" not in dict(fixed.named_parameters())
+    images = torch.rand(2, 3, 40, 48)
+    fixed(images).last.square().mean().backward()
+    assert fixed.cls_token.grad is not None
+    torch.save(learned.state_dict(), tmp_path / "w.pth")
+    again = ViT(**SIZES, positions="sincos", weights=str(tmp_path / "w.pth")).eval()
+    with torch.no_grad():
+        assert torch.equal(again(images).vector, learned(images).vector)
+    assert torch.equal(build(spec(fixed)).pos_embed, fixed.pos_embed)
+
+
+def test_the_smallest_network_works():
+    ours = ViT(
+        patch=8, dim=24, depth=2, heads=3, image_size=(32, 32), last_heads=6, positions="sincos"
+    ).eval()
+    found = ours.look(torch.rand(2, 3, 48, 32), rows=1)
+    assert found.attention.shape == (2, 6, 1, 25)
+    assert found.last.shape == (2, 24, 6, 4)

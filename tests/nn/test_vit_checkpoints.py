@@ -9,6 +9,7 @@ import torch
 from vit_twins import interpolated, split, timms_last_block
 
 from poodle_lightning.hub import load_encoder
+from poodle_lightning.nn.foreign import title
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import UserError
 
@@ -148,3 +149,70 @@ def test_a_file_for_another_patch_or_grid(tmp_path, name, sizes, message):
     with pytest.raises(UserError, match=message) as caught:
         load_encoder(tmp_path / "w.pth", ViT(**sizes, dim=DIM, heads=HEADS, depth=2))
     assert "\n" not in str(caught.value)
+
+
+def masked(**kwargs):
+    return ViT(8, DIM, 2, HEADS, (32, 32), mask_token=True, **kwargs)
+
+
+def test_the_mask_token_of_ibots_student(tmp_path):
+    """It is a part of the student, which then hides patches as iBOT's own network does."""
+    student, teacher = network(0), network(1)
+    token = torch.randn(1, DIM, generator=torch.Generator().manual_seed(2))
+    torch.save(centred(student, teacher, masked=token), tmp_path / "w.pth")
+    inferred = load_encoder(tmp_path / "w.pth", network="online")
+    given = load_encoder(tmp_path / "w.pth", masked(), network="online")
+    images, mask = torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, 1, 2] = True
+    normalised = (images - inferred.mean) / inferred.std
+    with torch.no_grad():
+        patches = student.patch_embed(normalised).flatten(1, 2)
+        patches[0, 6] = token[0]
+        tokens = torch.cat([student.cls_token, patches], dim=1) + student.pos_embed
+        expected = student.norm(student.blocks(tokens))[:, 0]
+        for encoder in (inferred, given):
+            assert torch.equal(encoder.mask_token, token)
+            torch.testing.assert_close(encoder(images, mask).vector, expected, rtol=1e-5, atol=1e-5)
+    check(inferred, student, (40, 24), "dino")
+
+
+@pytest.mark.parametrize("network_name", ["online", "teacher"])
+def test_a_network_without_a_mask_token_takes_ibots_and_one_with_it_takes_others(tmp_path, network_name):
+    student, teacher = network(0), network(1)
+    wanted = student if network_name == "online" else teacher
+    torch.save(FORMS["iBOT"][0](student, teacher), tmp_path / "ibot.pth")
+    plain = ViT(8, DIM, 2, HEADS, (32, 32), pos_interp="dino")
+    check(load_encoder(tmp_path / "ibot.pth", plain, network=network_name), wanted, (40, 24), "dino")
+    torch.save(FORMS["DINO, DoRA"][0](student, teacher), tmp_path / "dino.pth")
+    found = load_encoder(tmp_path / "dino.pth", masked(pos_interp="dino"), network=network_name)
+    check(found, wanted, (40, 24), "dino")
+    assert not found.mask_token.any()
+
+
+@pytest.mark.parametrize("name", ["timm", "MAE", "MAE, encoder alone"])
+def test_a_mask_token_that_a_file_lacks_or_has_for_its_decoder(tmp_path, name):
+    torch.save(FORMS[name][0](network(0), network(1)), tmp_path / "w.pth")
+    found = load_encoder(tmp_path / "w.pth", masked())
+    check(found, network(0), (32, 32), "timm")
+    assert not found.mask_token.any()
+
+
+def test_a_mask_token_under_its_own_name(tmp_path):
+    ours = masked()
+    torch.nn.init.normal_(ours.mask_token)
+    torch.save(ours.state_dict(), tmp_path / "w.pth")
+    assert torch.equal(load_encoder(tmp_path / "w.pth", masked()).mask_token, ours.mask_token)
+
+
+def test_files_for_more_heads_in_the_last_block(tmp_path):
+    """No shape tells of heads: the encoder is given, and says what it is."""
+    reference = network(0)
+    torch.save(FORMS["DINO, DoRA"][0](network(1), reference), tmp_path / "w.pth")
+    found = load_encoder(tmp_path / "w.pth", ViT(8, DIM, 2, HEADS, (32, 32), last_heads=16))
+    attention = reference.blocks[1].attn
+    attention.num_heads, attention.head_dim, attention.scale = 16, DIM // 16, (DIM // 16) ** -0.5
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = reference.forward_features((images - found.mean) / found.std)
+        torch.testing.assert_close(found(images).vector, expected[:, 0], rtol=1e-5, atol=1e-5)
+    assert title(found) == "ViT-128x2/8, 2 heads (16 in the last block)"

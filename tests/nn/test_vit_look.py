@@ -89,6 +89,8 @@ class Calls(TorchFunctionMode):
         (lambda network, images: network.look(images), 2, 1),
         (lambda network, images: network.look(images, heads=2), 2, 1),
         (lambda network, images: network.look(images, heads=4), 3, 1),
+        (lambda network, images: network.look(images, rows=1), 3, 1),
+        (lambda network, images: network.look(images, heads=4, rows=2), 3, 1),
     ],
 )
 def test_attention_is_fused_where_nobody_looks_and_computed_once_where_somebody_does(call, fused, softmax):
@@ -100,14 +102,48 @@ def test_attention_is_fused_where_nobody_looks_and_computed_once_where_somebody_
     assert calls.count["linear"] == 3 * 4  # qkv, proj, fc1 and fc2 of each block, once
 
 
+@pytest.mark.parametrize("rows", [1, 3, 31])
+@pytest.mark.parametrize("heads", [None, 2, 4])
+def test_some_rows_are_those_of_the_whole(heads, rows):
+    ours = pair()[0].double()
+    images = torch.rand(2, 3, 40, 48, dtype=torch.float64)
+    with torch.no_grad():
+        whole, some, plain = ours.look(images, heads), ours.look(images, heads, rows), ours(images)
+    assert some.attention.shape == (2, heads or 2, rows, 31)
+    torch.testing.assert_close(some.attention, whole.attention[:, :, :rows], rtol=1e-12, atol=1e-15)
+    assert torch.equal(some.queries, whole.queries)
+    assert torch.equal(some.keys, whole.keys)
+    for name, cells in plain.maps.items():
+        torch.testing.assert_close(some.maps[name], cells, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(some.vector, plain.vector, rtol=1e-12, atol=1e-12)
+
+
+def test_the_scores_of_other_rows_are_never_made():
+    """Counted: the largest tensor that a product returns while only [CLS] is looked at."""
+    ours, _ = pair()
+    largest = []
+
+    class Products(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if function.__name__ in ("matmul", "__matmul__", "softmax"):
+                largest.append(found.shape)
+            return found
+
+    with torch.no_grad(), Products():
+        ours.look(torch.rand(1, 3, 32, 48), rows=1)
+    assert largest
+    assert set(largest) == {(1, 2, 1, 25)}
+
+
 def test_rows_sum_to_one_under_autocast():
     ours, _ = pair()
     images = torch.rand(2, 3, 32, 48)
     with torch.no_grad():
         exact = ours.look(images).attention
         with torch.autocast("cpu", torch.bfloat16):
-            for heads in (None, 16):
-                found = ours.look(images, heads)
+            for heads, rows in ((None, None), (16, None), (None, 1), (16, 1)):
+                found = ours.look(images, heads, rows)
                 assert found.attention.dtype == torch.float32
                 assert found.queries.dtype == torch.bfloat16
                 sums = found.attention.sum(dim=-1)
@@ -151,11 +187,13 @@ def test_drop_path_rises_and_is_drawn_alike_with_and_without_a_look():
         plain = ours(images).vector
         torch.manual_seed(3)
         torch.testing.assert_close(ours.look(images).vector, plain, rtol=1e-5, atol=1e-5)
+        torch.manual_seed(3)
+        torch.testing.assert_close(ours.look(images, rows=1).vector, plain, rtol=1e-5, atol=1e-5)
         torch.manual_seed(4)
         assert (ours(images).vector - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["call", "masked", "look", "split", "kept"])
+@pytest.mark.parametrize("name", ["call", "masked", "look", "split", "rows", "kept"])
 def test_compiles_into_one_graph(name):
     ours = ViT(**{**SIZES, "depth": 1}, mask_token=True).eval()
     images = torch.rand(1, 3, 40, 48)
@@ -164,6 +202,7 @@ def test_compiles_into_one_graph(name):
         "masked": (ours, (torch.ones(1, 5, 6, dtype=torch.bool),)),
         "look": (ours.look, ()),
         "split": (ours.look, (4,)),
+        "rows": (ours.look, (None, 1)),
         "kept": (ours.tokens, (torch.tensor([[3, 1]]),)),
     }[name]
     torch.compiler.reset()
