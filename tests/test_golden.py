@@ -13,7 +13,7 @@ from tiny_models import make_clip
 from two_processes import make
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
-NAMES = ["PooDLe", "FlowE", "BYOL"]
+NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "DoRA"]
 
 
 def curve(name: str) -> list[float]:
@@ -26,6 +26,7 @@ def curve(name: str) -> list[float]:
         loss.backward()
         optimizer.step()
         method.target.update(method.online, 0.9)
+        method.after_step()
         losses.append(float(loss))
     return losses
 

@@ -23,14 +23,19 @@ def on_device(method, clip):
     return [weights, clip.frames, clip.window.matrix, clip.flow]
 
 
-def step(method, clip):
-    optimizer = build_optimizer(method.recipe, method, 2)
+def step(method, clip, optimizer=None):
+    optimizer = optimizer or build_optimizer(method.recipe, method, 2)
     torch.stack(list(method.losses(clip).values())).sum().backward()
+    method.on_before_optimizer_step(optimizer)
     optimizer.step()
-    method.target.update(method.online, 0.99)
+    if method.target is not None:
+        method.target.update(method.online, 0.99)
+    method.after_step()
 
 
-CASES = [(name, form) for name in NAMES for form in DEVICE_FORMS[: 1 if name.startswith("byol") else 2]]
+TINY = ("dino_tiny", "ibot_tiny", "attmask_tiny", "dora_tiny", "mae_tiny")
+DENSE = ("poodle", "flowe")
+CASES = [(name, form) for name in NAMES for form in DEVICE_FORMS[: 2 if name.startswith(DENSE) else 1]]
 
 
 @pytest.mark.parametrize(("name", "form"), CASES)
@@ -80,7 +85,7 @@ def test_flow_from_the_data_is_not_looked_at_but_asked_for():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", ["poodle_small", "flowe_small", "byol_small"])
+@pytest.mark.parametrize("name", ["poodle_small", "flowe_small", "byol_small", *TINY])
 def test_torch_itself_sees_no_wait_on_a_gpu(name):
     method = tiny(name).train().cuda()
     clip = replace(make_clip(size=(64, 128)), present=torch.ones(2, 2, dtype=torch.bool)).pin_memory()
@@ -88,8 +93,6 @@ def test_torch_itself_sees_no_wait_on_a_gpu(name):
     for mode in ("default", "error"):  # the first step may wait: memory is taken, kernels are loaded
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            torch.stack(list(method.losses(clip.to("cuda")).values())).sum().backward()
-            optimizer.step()
-            method.target.update(method.online, 0.99)
+            step(method, clip.to("cuda"), optimizer)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -12,7 +12,7 @@ from two_processes import main, make
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["PooDLe", "FlowE", "BYOL"])
+@pytest.mark.parametrize("name", ["PooDLe", "FlowE", "BYOL", "DINO", "IBOT", "AttMask", "DoRA", "MAE"])
 def test_two_processes_step_like_one(name, tmp_path):
     main(name, 1, str(tmp_path / "1.pt"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore"}
@@ -20,7 +20,8 @@ def test_two_processes_step_like_one(name, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    start = dict(make(name).named_parameters())
+    start = make(name).state_dict()
     assert max(float((one[key] - start[key]).abs().max()) for key in one) > 1e-3
+    assert all((one[key] - start[key]).abs().max() > 1e-3 for key in one if key.endswith("centre.value"))
     for key, value in one.items():
         assert (value - two[key]).abs().max() <= 1e-5, key

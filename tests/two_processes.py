@@ -8,16 +8,20 @@ import sys
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
-from tiny_models import make_clip, tiny_encoder, tiny_recipe, tiny_sdm
+from tiny_models import make_clip, tiny_crops, tiny_encoder, tiny_head, tiny_recipe, tiny_sdm, tiny_vit
 from torch.utils.data import DataLoader
 
-from poodle_lightning import BYOL, FlowE, PooDLe
+from poodle_lightning import BYOL, DINO, IBOT, MAE, AttMask, DoRA, FlowE, PooDLe
 from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.flow.given import Given
+from poodle_lightning.methods.mae import DecoderSizes
 from poodle_lightning.ops.crops import SubcropRecipe
 
+DISTILLATION = {"DINO": DINO, "IBOT": IBOT, "AttMask": AttMask, "DoRA": DoRA}
 
-def make(name: str) -> L.LightningModule:
+
+def make(name: str, **settings) -> L.LightningModule:
+    """A tiny method; BatchNorm, where there is some, frozen: SyncBN exists only on GPUs."""
     torch.manual_seed(0)
     recipe = tiny_recipe(optimizer="sgd", lr=0.05, sgd_momentum=0.0, weight_decay=0.0, ema_start=0.9)
     heads = {"hidden": 16, "out": 8, "recipe": recipe}
@@ -27,9 +31,17 @@ def make(name: str) -> L.LightningModule:
         method = PooDLe(encoder, tiny_sdm(encoder), Given(), subcrops=subcrops, **heads)
     elif name == "FlowE":
         method = FlowE(tiny_encoder(output_stride=8), Given(), **heads)
-    else:
+    elif name == "BYOL":
         method = BYOL(tiny_encoder(), crop=ResizedCrop((32, 32)), **heads)
-    return method.eval()  # BatchNorm frozen: SyncBN exists only on GPUs
+    elif name == "MAE":
+        encoder = tiny_vit(positions="sincos")
+        return MAE(encoder, ResizedCrop((32, 32)), decoder=DecoderSizes(16, 1, 2), recipe=recipe)
+    else:
+        views = 1 if name == "DoRA" else 2
+        encoder = tiny_vit(mask_token=name in ("IBOT", "AttMask"))
+        common = {"freeze_last_epochs": 0, "recipe": recipe, **settings}
+        return DISTILLATION[name](encoder, head=tiny_head(), crops=tiny_crops(views=views), **common)
+    return method.eval()
 
 
 class Halves(L.LightningDataModule):
@@ -48,11 +60,13 @@ class Keep(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            torch.save({name: p.detach() for name, p in module.named_parameters()}, self.file)
+            centres = {name: c for name, c in module.named_buffers() if name.endswith("centre.value")}
+            torch.save({**centres, **{name: p.detach() for name, p in module.named_parameters()}}, self.file)
 
 
 def main(name: str, processes: int, file: str) -> None:
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo") if processes > 1 else "auto"
+    # forked processes have everything imported already
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto"
     trainer = L.Trainer(
         accelerator="cpu",
         devices=processes,
