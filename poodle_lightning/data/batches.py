@@ -27,6 +27,7 @@ class Item:
         flow: optional ``(2, 2, h, w)`` float32, px of ``frames``.
         labels: optional ``(T, h, w)`` uint8.
         yuv: optional ``(3, 4)`` float32, from the planes to RGB.
+        aspect: width over height of what the window shows, where the crop squeezes it; else None.
     """
 
     frames: Tensor
@@ -37,6 +38,7 @@ class Item:
     flow: Tensor | None = None
     labels: Tensor | None = None
     yuv: Tensor | None = None
+    aspect: float | None = None
 
     @property
     def size(self) -> Size:
@@ -93,6 +95,7 @@ def collate(groups: Sequence[Group], size: Size) -> Clip | Exhausted:
         labels=_stacked(labels, (len(items[0].times), height, width), IGNORE, torch.uint8),
         skipped=skipped,
         yuv=_matrices(items),
+        aspect=_aspects(items),
     )
 
 
@@ -128,6 +131,12 @@ def _lay(target: Tensor, source: Tensor) -> None:
 def _matrices(items: Sequence[Item]) -> Tensor | None:
     matrices = [item.yuv for item in items if item.yuv is not None]
     return torch.stack(matrices) if matrices else None
+
+
+def _aspects(items: Sequence[Item]) -> Tensor | None:
+    """True shapes, ``(B,)`` float32; all clips of a batch are squeezed, or none is."""
+    aspects = [item.aspect for item in items if item.aspect is not None]
+    return torch.tensor(aspects) if aspects else None
 
 
 def _stacked(

@@ -26,7 +26,8 @@ from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.order import Order, Request
 from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.data.sampling import Sampler, TooShort
-from poodle_lightning.data.sources import Entry, ExactReader, PieceReader, Reader, Source
+from poodle_lightning.data.sources import Entry, ExactReader, PieceReader, Reader, SizedReader, Source
+from poodle_lightning.data.starts import StartTimes
 from poodle_lightning.data.windows import TooSmall, Window, WindowRule, extend, inside_frame, reduced
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.planes import planes_size
@@ -87,7 +88,7 @@ class ClipDataset(Dataset[Group]):
         self.source, self.entries, self.order = source, entries, order
         self.sampler, self.rule, self.seed, self.repeats = sampler, rule, seed, repeats
         self.jitter, self.flow, self.exact, self.pixels = jitter, flow, exact, pixels
-        films = len({entry.path for entry in entries})
+        films = _films(entries)
         self._readers = _OpenReaders(films if films <= _FEW_FILMS else _OPEN_READERS)
 
     def __len__(self) -> int:
@@ -113,6 +114,8 @@ class ClipDataset(Dataset[Group]):
     def _clips(self, entry: Entry, epoch: int, item: int, replaced: int | None) -> tuple[Item, ...]:
         """All clips of an opened video. A replacement draws anew, or it would repeat a clip of the epoch."""
         reader = self._readers.get(self.source, entry)
+        if not entry.width and isinstance(reader, SizedReader):
+            entry = replace(entry, width=reader.size[0], height=reader.size[1])
         indices = range(item * self.repeats, (item + 1) * self.repeats)
         keys = [key_of(self.seed, epoch, index) for index in indices]
         if replaced is not None:
@@ -148,8 +151,9 @@ class ClipDataset(Dataset[Group]):
         labels = None if exact is None else _exact_labels(exact, plan, entry)
         yuv = None if plan.matrix is None else torch.from_numpy(plan.matrix)
         frames = plan.frames if yuv is not None else plan.frames.transpose(0, 3, 1, 2)
-        window = plan.windows[0].stored
-        return Item(torch.from_numpy(frames), window, plan.actual, plan.index, plan.key, flow, labels, yuv)
+        window, aspect = plan.windows[0].stored, entry.width / entry.height if self.rule.whole else None
+        pixels = torch.from_numpy(frames)
+        return Item(pixels, window, plan.actual, plan.index, plan.key, flow, labels, yuv, aspect)
 
 
 class _Plan:
@@ -186,6 +190,16 @@ class _Plan:
         else:
             self.frames = np.stack([piece.pixels for piece in pieces])
             self.windows = [replace(window, outer=pieces[0].box) for window in self.windows]
+
+
+def _films(entries: Sequence[Entry]) -> int:
+    """Different videos, counted to where it is clear that they are many: there may be a million."""
+    found: set[str] = set()
+    for entry in entries.stretches if isinstance(entries, StartTimes) else entries:
+        found.add(entry.path)
+        if len(found) > _FEW_FILMS:
+            break
+    return len(found)
 
 
 def _fill(reader: Reader, plans: Sequence[_Plan], entry: Entry, planes: bool) -> None:

@@ -50,7 +50,8 @@ class FramesSource:
                 refused.append(Skip(str(images[0]), error.reason, error.detail, 0.0))
                 continue
             stop = (len(images) - 1) / rate
-            self.entries.append(Entry(len(self.entries), str(folder), 0.0, stop, width, height))
+            number = len(self.entries)
+            self.entries.append(Entry(number, str(folder), 0.0, stop, width, height, 1 / rate))
             self._images.append(images)
         self.refused = tuple(refused)
         if not self.entries:
@@ -87,7 +88,7 @@ class _ImageReader:
         if number >= len(self._images):
             raise DecodeError("past_end", f"{len(self._images)} images end before {time:.3f} s", time)
         try:
-            pixels = _load(self._images[number])
+            pixels = load_image(self._images[number])
         except DecodeError as error:
             raise DecodeError(error.reason, error.detail, time) from error
         if pixels.shape[1::-1] != self._size:
@@ -140,8 +141,12 @@ def _size(path: Path) -> tuple[int, int]:
         return (image.height, image.width) if turned else (image.width, image.height)
 
 
-def _load(path: Path) -> np.ndarray:
-    """``(H, W, 3)`` uint8 RGB, turned as the camera was held; 16-bit grey keeps its upper 8 bits."""
+def load_image(path: Path) -> np.ndarray:
+    """``(H, W, 3)`` uint8 RGB, turned as the camera was held; 16-bit grey keeps its upper 8 bits.
+
+    Raises:
+        DecodeError: the file is missing, damaged or too large.
+    """
     from PIL import ImageOps
 
     with _opened(path) as image:

@@ -27,7 +27,16 @@ from poodle_lightning.data.decode import MAX_PIXELS, probe
 from poodle_lightning.data.info import DecodeError, VideoInfo
 from poodle_lightning.types import Skip, UserError
 
-__all__ = ["VIDEO_EXTENSIONS", "Index", "VideoInfo", "build_index", "cache_folder"]
+__all__ = [
+    "VIDEO_EXTENSIONS",
+    "Index",
+    "VideoInfo",
+    "build_index",
+    "cache_folder",
+    "find_files",
+    "index_file",
+    "save_whole",
+]
 
 VIDEO_EXTENSIONS = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg"}
@@ -88,14 +97,30 @@ def build_index(
         UserError: the folder is missing, no folder, holds no file of these endings, or none that can be read.
     """
     folder = _check_root(root)
-    paths = sorted(_find(folder, frozenset(e.lower() for e in extensions)))
+    paths = sorted(find_files(folder, frozenset(e.lower() for e in extensions)))
     if not paths:
         endings = " ".join(sorted(extensions))
         raise UserError(
             f"no video found in {str(folder)!r}: put files there that end in one of {endings}, "
             "or set --data.root to another folder"
         )
-    store = _cache_file(folder, max_pixels)
+    return _index(folder, paths, cache, workers, max_pixels)
+
+
+def index_file(path: str | Path, *, cache: bool = True, max_pixels: int = MAX_PIXELS) -> Index:
+    """Measure one video file, or recall the measurement, as :func:`build_index` does for a folder.
+
+    Raises:
+        UserError: the file is missing, a folder, or cannot be read.
+    """
+    file = Path(os.path.abspath(Path(path).expanduser()))
+    if file.is_dir():
+        raise UserError(f"{str(file)!r} is a folder, not a film; set --data.root to the file")
+    return _index(file, [str(file)], cache, 0, max_pixels)
+
+
+def _index(root: Path, paths: Sequence[str], cache: bool, workers: int, max_pixels: int) -> Index:
+    store = _cache_file(root, max_pixels)
     known = _load(store) if cache else {}
     stamps = {path: _stamp(path) for path in paths}
     changed = [path for path in paths if path not in known or known[path]["stamp"] != stamps[path]]
@@ -113,10 +138,10 @@ def build_index(
         )
         first = refused[0]
         raise UserError(
-            f"none of the {len(refused)} files in {str(folder)!r} is a readable video ({reasons}); "
+            f"none of the {len(refused)} files in {str(root)!r} is a readable video ({reasons}); "
             f"the first is {first.path!r}: {first.detail}"
         )
-    return Index(str(folder), videos, refused)
+    return Index(str(root), videos, refused)
 
 
 def _check_root(root: str | Path) -> Path:
@@ -132,8 +157,13 @@ def _check_root(root: str | Path) -> Path:
     return Path(os.path.abspath(folder))
 
 
-def _find(folder: Path, extensions: frozenset[str]) -> Iterator[str]:
-    """Paths of all candidates, whatever they turn out to be: folders and dead links of such names too."""
+def find_files(folder: Path, extensions: frozenset[str]) -> Iterator[str]:
+    """Paths below a folder that end like this, whatever they turn out to be: folders and dead links too.
+
+    Args:
+        folder: searched with its sub-folders, links followed, names starting with a dot left out.
+        extensions: lower case, with the dot.
+    """
     seen: set[str] = set()
     for parent, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(parent)
@@ -204,14 +234,18 @@ def _is_lasting(entry: _Entry) -> bool:
 
 
 def _save(store: Path, entries: dict[str, _Entry]) -> None:
-    """Write the cache file whole or not at all; without it the next run merely measures again."""
+    save_whole(store, {"format": _FORMAT, "entries": entries})
+
+
+def save_whole(store: Path, content: Any) -> None:
+    """Write a file of the cache whole or not at all; without it the next run merely measures again."""
     with suppress(OSError):
         store.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(prefix=store.stem, suffix=".part", dir=store.parent)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 # escaped to ASCII: names that are not valid text survive the round trip
-                json.dump({"format": _FORMAT, "entries": entries}, file)
+                json.dump(content, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, store)

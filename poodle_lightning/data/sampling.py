@@ -17,6 +17,9 @@ from torch import Tensor
 
 from poodle_lightning.ops.random import fold, uniform
 
+# Seconds that rounding may take from a stretch that was cut to a clip's length: less than any clock's tick.
+SLACK = 1e-6
+
 
 class TooShort(Exception):
     """The video is shorter than what a sampler needs from it (the skip reason ``too_short``)."""
@@ -99,7 +102,8 @@ class PairSampler:
         gaps = _draw(key, "gap", self.pairs_per_video)
         starts = [start + number * self._step for number in range(self.pairs_per_video)]
         if self.spread is None:
-            starts = [share * (duration - self.span) for share in _draw(key, "starts", self.pairs_per_video)]
+            room = max(duration - self.span, 0.0)
+            starts = [share * room for share in _draw(key, "starts", self.pairs_per_video)]
         found = []
         for first, share in zip(starts, gaps, strict=True):
             found += [first, min(first + low + (high - low) * share, duration)]
@@ -205,9 +209,9 @@ def split_long(videos: Sequence[Timed], seconds: float = 10.0) -> list[tuple[int
 
 def _start(duration: float, span: float, key: Tensor) -> float:
     """A uniform start that leaves room for ``span``."""
-    if duration < span:
+    if duration < span - SLACK:
         raise TooShort(duration, span)
-    return (duration - span) * _draw(key, "start", 1)[0]
+    return max(duration - span, 0.0) * _draw(key, "start", 1)[0]
 
 
 def _draw(key: Tensor, label: str, count: int) -> list[float]:

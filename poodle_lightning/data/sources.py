@@ -5,8 +5,14 @@ A source lists ``entries`` (a stretch of one video each) and opens them. Layouts
 =================  ==========================================================================================
 ``folder``         any folder; every video below it, in whatever sub-folders
 ``bdd100k``        ``<root>/videos/{train,val}/*.mov``, or the folder that holds ``bdd100k/videos/…``
-``walking_tours``  ``<root>/<City>*.mp4``, e.g. ``Venice.mp4``, ``Kuala_Lumpur_4k.webm``; 9 cities, a safari
+``walking_tours``  ``<root>/<City>*.mp4``, e.g. ``Venice.mp4``, ``Kuala_Lumpur_4k.webm``; 9 cities, a safari;
+                   the 3 tours of WT-Sem's validation part the same way, e.g. ``Rome.mp4``
+``epic_kitchens``  ``P01/videos/P01_01.MP4`` or ``P01/P01_01.MP4`` anywhere below the root
+``kinetics400``    ``<root>/{train,val,test}/<class>/*.mp4`` or ``<root>/{train,val,test}/*.mp4``; also below
+                   ``<root>/kinetics400`` or ``<root>/k400``
+``film``           one file
 ``frames``         ``<root>/<video>/<image>``; images in natural order of their names, ``rate`` per second
+``images``         every image below a folder, e.g. ImageNet's ``train/<class>/*.JPEG``: clips of one frame
 ``synthetic``      nothing on disk: streets with exact flow and labels, generated on the fly
 =================  ==========================================================================================
 """
@@ -14,6 +20,7 @@ A source lists ``entries`` (a stretch of one video each) and opens them. Layouts
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +29,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from poodle_lightning.data.decode import VideoReader
-from poodle_lightning.data.index import build_index
+from poodle_lightning.data.index import build_index, index_file
 from poodle_lightning.data.info import DecodeError, VideoInfo, fingerprint
 from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.types import Skip, UserError
@@ -32,6 +39,8 @@ CITIES = (
     "singapore", "stockholm", "venice", "zurich",
 )  # fmt: skip
 SAFARI = ("wildlife", "safari")
+# Tours of other cities whose frames WT-Sem's validation part labels (PooDLe, App. D).
+VAL_TOURS = ("rome", "torun", "poznan")
 SAME_CITY = {"kualalampur": "kualalumpur"}  # as the data set's paper spells it
 
 
@@ -44,8 +53,9 @@ class Entry:
         path: file or folder, or a name for generated videos.
         start: seconds from the video's first frame at which the stretch begins.
         stop: seconds of its last moment.
-        width: of the frames, px, after rotation.
+        width: of the frames, px, after rotation; 0: known when it is opened (a ``SizedReader``).
         height: of the frames, px, after rotation.
+        interval: mean seconds from frame to frame; 0 where there is a frame at every moment.
     """
 
     id: int
@@ -54,6 +64,7 @@ class Entry:
     stop: float
     width: int
     height: int
+    interval: float = 0.0
 
     @property
     def duration(self) -> float:
@@ -81,6 +92,16 @@ class PieceReader(Protocol):
 
     def pieces(self, times: Sequence[float], boxes: Sequence[Box], planes: bool = False) -> list[Piece]:
         """One box of the frame at every time; see ``VideoReader.pieces``."""
+        ...
+
+
+@runtime_checkable
+class SizedReader(Protocol):
+    """A reader that knows the size of its frames, for entries that were not measured."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, px."""
         ...
 
 
@@ -123,25 +144,43 @@ class FolderSource:
     """Every video below a folder.
 
     Args:
-        root: the folder.
+        root: the folder; with ``single`` a file.
         keep: which videos, by path; None keeps all.
         workers: processes that measure the videos the first time; 0 is this one.
+        single: the root is the one video.
 
     Raises:
         UserError: the folder is missing or holds no readable video.
     """
 
     def __init__(
-        self, root: str | Path, keep: Callable[[Path], bool] | None = None, workers: int = 0
+        self,
+        root: str | Path,
+        keep: Callable[[Path], bool] | None = None,
+        workers: int = 0,
+        *,
+        single: bool = False,
     ) -> None:
-        index = build_index(root, workers=workers)
+        index = index_file(root) if single else build_index(root, workers=workers)
         wanted = [video for video in index.videos if keep is None or keep(Path(video.path))]
         self.refused = tuple(skip for skip in index.refused if keep is None or keep(Path(skip.path)))
         self.entries = [
-            Entry(number, video.path, 0.0, video.duration, video.width, video.height)
+            Entry(
+                number,
+                video.path,
+                0.0,
+                video.duration,
+                video.width,
+                video.height,
+                1 / video.fps if video.fps else 0,
+            )
             for number, video in enumerate(wanted)
         ]
         self._videos: list[VideoInfo] = wanted
+
+    def video(self, entry: Entry) -> VideoInfo:
+        """What was measured of an entry's video."""
+        return self._videos[entry.id]
 
     def open(self, entry: Entry) -> Reader:
         """Open a video; refused when it is no longer the one that was indexed (other content or size)."""
@@ -178,8 +217,9 @@ class WalkingToursSource(FolderSource):
     """Walking Tours (Venkataramanan et al. 2024): long city walks, one file each.
 
     Args:
-        root: folder of ``<City>*.mp4`` (any container); case, blanks, ``_`` and ``-`` do not matter.
-        city: ``venice``, another city, ``safari``, or ``all`` ten videos.
+        root: folder of ``<City>*.mp4`` (any container); case, accents, blanks, ``_`` and ``-`` do not matter.
+        city: ``venice``, another city, ``safari``, ``all`` ten videos, or ``val``: the tours of Rome, Torun
+            and Poznan, of which WT-Sem labels frames for validation.
         workers: see ``FolderSource``.
 
     Raises:
@@ -190,19 +230,84 @@ class WalkingToursSource(FolderSource):
         wanted = _letters(city)
         wanted = SAME_CITY.get(wanted, wanted)
         known = (*CITIES, "safari")
-        if wanted != "all" and wanted not in known:
-            raise UserError(f"city {city!r}: choose all or one of {', '.join(known)}")
-        accepted = known if wanted == "all" else (wanted,)
+        sets = {"all": known, "val": VAL_TOURS}
+        if wanted not in sets and wanted not in known:
+            raise UserError(f"city {city!r}: choose all, val or one of {', '.join(known)}")
+        accepted = sets.get(wanted, (wanted,))
         super().__init__(root, keep=lambda path: _tour(path) in accepted, workers=workers)
         if not self.entries:
-            name = "<City>" if wanted == "all" else wanted.capitalize()
+            names = {"all": "<City>", "val": "{Rome,Torun,Poznan}"}.get(wanted, wanted.capitalize())
             raise UserError(
-                f"{root}: no readable file {name}*.mp4 of Walking Tours there; expected one file per city"
+                f"{root}: no readable file {names}*.mp4 of Walking Tours there; expected one file per city"
             )
 
 
+class EpicKitchensSource(FolderSource):
+    """EPIC-KITCHENS-100 (Damen et al. 2022): kitchens as their cooks see them.
+
+    Args:
+        root: any folder above ``P01/videos/P01_01.MP4`` or ``P01/P01_01.MP4``.
+        workers: see ``FolderSource``.
+
+    Raises:
+        UserError: the layout is not there.
+    """
+
+    def __init__(self, root: str | Path, workers: int = 0) -> None:
+        super().__init__(root, keep=_is_kitchen, workers=workers)
+        if not self.entries:
+            raise UserError(
+                f"{root}: not laid out as EPIC-KITCHENS, no readable file P*/videos/P*_*.MP4 or P*/P*_*.MP4"
+            )
+
+
+class Kinetics400Source(FolderSource):
+    """Kinetics-400 (Kay et al. 2017): 10 s of a human action each.
+
+    Args:
+        root: the folder of ``train``, ``val`` and ``test``, or the one that holds it as ``kinetics400`` or
+            ``k400``. The videos may lie in folders of their classes or in the split's folder itself.
+        split: one of them.
+        workers: see ``FolderSource``.
+
+    Raises:
+        UserError: the layout is not there.
+    """
+
+    def __init__(self, root: str | Path, split: str = "train", workers: int = 0) -> None:
+        tried = [Path(root) / part / split for part in (".", "kinetics400", "k400")]
+        folder = next((path for path in tried if path.is_dir()), None)
+        if folder is None:
+            raise UserError(
+                f"{root}: not laid out as Kinetics-400, {tried[0]} is missing; put its .mp4 files there"
+            )
+        super().__init__(folder, workers=workers)
+
+
+class FilmSource(FolderSource):
+    """One film.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: it is missing or cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, single=True)
+
+
+def _is_kitchen(path: Path) -> bool:
+    """Whether a file is ``P01/[videos/]P01_01.MP4``."""
+    participant = path.parent.parent.name if path.parent.name.lower() == "videos" else path.parent.name
+    return re.fullmatch(r"P\d+", participant) is not None and path.stem.startswith(f"{participant}_")
+
+
 def _letters(name: str) -> str:
-    return re.sub(r"[\W_]+", "", name).lower()
+    """Lower-case letters and digits without accents: Toruń is torun."""
+    plain = unicodedata.normalize("NFKD", name)
+    return re.sub(r"[\W_]+", "", "".join(c for c in plain if not unicodedata.combining(c))).lower()
 
 
 def _tour(path: Path) -> str:
@@ -210,4 +315,5 @@ def _tour(path: Path) -> str:
     name = _letters(path.stem)
     if name.startswith(SAFARI):
         return "safari"
-    return next((SAME_CITY.get(city, city) for city in (*CITIES, *SAME_CITY) if name.startswith(city)), "")
+    known = (*CITIES, *SAME_CITY, *VAL_TOURS)
+    return next((SAME_CITY.get(city, city) for city in known if name.startswith(city)), "")

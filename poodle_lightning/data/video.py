@@ -15,19 +15,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from poodle_lightning.data.batches import Exhausted, collate
 from poodle_lightning.data.cached_flow import CachedFlow, FixedPairs
 from poodle_lightning.data.clips import ClipDataset, PixelFlow
-from poodle_lightning.data.frames import FramesSource
+from poodle_lightning.data.opening import NO_FILMS, Origin, SourceName
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
 from poodle_lightning.data.skips import Ledger, listed
-from poodle_lightning.data.sources import BDD100KSource, Entry, FolderSource, Source, WalkingToursSource
-from poodle_lightning.data.split import held_out, long_enough, segments
-from poodle_lightning.data.streets import StreetSet, SyntheticSource
+from poodle_lightning.data.sources import Entry, Source
+from poodle_lightning.data.split import Division
+from poodle_lightning.data.streets import StreetSet
 from poodle_lightning.data.windows import TooSmall, WindowRule
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import Clip, Skip, UserError
 
-SourceName = Literal["folder", "bdd100k", "walking_tours", "frames", "synthetic"]
 # Held-out clips are drawn as if in an epoch that training never reaches.
 HELD_OUT_EPOCH = -1
 # Videos by which it is judged whether every window shrinks.
@@ -47,9 +46,9 @@ class VideoDataModule(L.LightningDataModule):
 
     Args:
         source: where the videos come from; see ``poodle_lightning.data.sources`` for the layouts.
-        root: the folder; not for ``synthetic``.
-        split: of ``bdd100k``.
-        city: of ``walking_tours``, or ``all``.
+        root: the folder; the file of a ``film``; not for ``synthetic``.
+        split: of ``bdd100k`` and ``kinetics400``.
+        city: of ``walking_tours``, or ``all``, or ``val``.
         rate: images per second, of ``frames``.
         synthetic: what to generate.
         size: height and width of the training crop, px.
@@ -62,12 +61,22 @@ class VideoDataModule(L.LightningDataModule):
         sampler: draws the moments instead of ``gap`` and ``pairs_per_video``.
         clip_seconds: cut longer videos into stretches of this length, each of which counts as a video
             (Walking Tours: 10 s).
+        start_every: or: one item per such step of time, each a clip that begins there, so that an epoch takes
+            every start once (DoRA: 1/30 or 1/60 s, every frame). Held-out clips then do not overlap.
+        cuts: ``avoid`` draws clips from within the shots of films, each of which then counts as a video; a
+            detector finds them once (``data.shots``). ``keep`` does not care.
+        hours: of all videos, take some at random that last so long in all.
         scale: the frame is resized to ``reference · U(scale)``, then cropped at random.
         area: or the window covers a share U(area) of the frame. Default: the share of PooDLe on BDD100K.
         reference: height and width that ``scale`` refers to; None is the video's own size.
         antialias: average raw pixels where a window shrinks by 2 or more.
         aspect: with ``area``: width over height of the window; None is that of ``size``.
         area_normal: with ``area``: mean and deviation of a normal law truncated to it, in place of a uniform.
+        ratio: with ``area``: width over height of the window in px, log-uniform in this range (DoRA: area
+            [0.2, 1], ratio [3/4, 4/3]).
+        whole: the window is the whole frame, of whatever shape, and is squeezed to ``size``; ``Clip.aspect``
+            tells the shape. Frames of many sizes want ``antialias`` too: a batch is stored as large as its
+            largest frame.
         batch_size: clips per device and step.
         num_workers: processes that read videos.
         seed: of the order and of all draws; None is 0, or ``seed_everything`` on the command line.
@@ -102,12 +111,17 @@ class VideoDataModule(L.LightningDataModule):
         jitter: float = 0.1,
         sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | None = None,
         clip_seconds: float | None = None,
+        start_every: float | None = None,
+        cuts: Literal["keep", "avoid"] = "keep",
+        hours: float | None = None,
         scale: tuple[float, float] | None = None,
         area: tuple[float, float] | None = None,
         reference: tuple[int, int] | None = (1080, 1920),
         antialias: bool = False,
         aspect: float | None = None,
         area_normal: tuple[float, float] | None = None,
+        ratio: tuple[float, float] | None = None,
+        whole: bool = False,
         batch_size: int = 4,
         num_workers: int = 2,
         seed: int | None = None,
@@ -119,19 +133,21 @@ class VideoDataModule(L.LightningDataModule):
         max_skip_fraction: float = 0.01,
     ) -> None:
         super().__init__()
+        self.origin = Origin(source, root, split, city, rate, synthetic, num_workers)
         self.source_name, self.root = source, root
-        self.split, self.city, self.rate, self.synthetic = split, city, rate, synthetic
-        self.rule = WindowRule(
-            _pair(size), scale, area, reference and _pair(reference), antialias, aspect, area_normal
-        )
+        crop, frame = _pair(size), reference and _pair(reference)
+        self.rule = WindowRule(crop, scale, area, frame, antialias, aspect, area_normal, ratio, whole)
         self.sampler: Sampler = _sampler(sampler, gap, jitter, pairs_per_video, spread)
-        self.clip_seconds, self.batch_size, self.num_workers = clip_seconds, batch_size, num_workers
-        self.seed, self.val_fraction, self.repeats = seed or 0, val_fraction, repeats
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed, self.repeats = seed or 0, repeats
+        self.division = Division(
+            self.sampler.span, self.seed, val_fraction, clip_seconds, start_every, hours, cuts
+        )
         self.flow, self.exact, self.pixels = flow, exact, pixels
         self.ledger = Ledger(max_skip_fraction)
         self.source: Source | None = None
-        self.train_entries: list[Entry] = []
-        self.val_entries: list[Entry] = []
+        self.train_entries: Sequence[Entry] = []
+        self.val_entries: Sequence[Entry] = []
         self._too_short: tuple[Skip, ...] = ()
         self._resumed_order: dict[str, int] | None = None
         self._check()
@@ -148,8 +164,10 @@ class VideoDataModule(L.LightningDataModule):
 
     # ---- what there is
     def prepare_data(self) -> None:
-        """Measure the videos once per machine; the other processes read the cached index."""
-        self.source = self.source or self._open_source()
+        """Measure the videos, and find their shots, once per machine; the others read what is cached."""
+        self.source = self.source or self.origin.open()
+        if self.division.cuts == "avoid":
+            self.division.of(self.source, self.origin.name, self.num_workers)
 
     def setup(self, stage: str | None = None) -> None:
         """List the videos and hold some out.
@@ -157,18 +175,10 @@ class VideoDataModule(L.LightningDataModule):
         Raises:
             UserError: the folder is missing, or has no usable video.
         """
-        self.source = self.source or self._open_source()
-        if not self.train_entries:
-            usable, self._too_short = long_enough(self.source.entries, self.sampler.span)
-            if not usable:
-                raise UserError(
-                    f"{self.root or self.source_name}: none of {len(self.source.entries)} videos lasts the"
-                    f" {self.sampler.span:g} s that a clip needs: use a smaller gap or longer videos"
-                )
-            train, val = held_out(usable, self.val_fraction, self.sampler.span, self.seed)
-            if self.clip_seconds is not None:
-                train, val = (segments(part, self.clip_seconds, self.sampler.span) for part in (train, val))
-            self.train_entries, self.val_entries = train, val
+        self.source = self.source or self.origin.open()
+        if not len(self.train_entries):
+            parts = self.division.of(self.source, self.origin.name, self.num_workers)
+            self.train_entries, self.val_entries, self._too_short = parts.train, parts.val, parts.left_out
             if self.pixels == "yuv" and (why := self._why_rgb()):
                 rank_zero_warn(f"pixels yuv has no effect, all batches are RGB: {why}")
         if self.trainer is not None:
@@ -194,7 +204,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> ClipLoader | list[Any]:
         """The same held-out clips every time, at least a batch per device; ``[]`` if none are held out."""
-        if not self.val_entries:
+        if not len(self.val_entries):
             # asked for, so nothing to warn of
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
             return []
@@ -303,7 +313,7 @@ class VideoDataModule(L.LightningDataModule):
 
     def _why_rgb(self) -> str:
         """Why these settings never give planes; empty if they may."""
-        if self.source_name in ("frames", "synthetic"):
+        if self.source_name in NO_FILMS:
             return f"source {self.source_name} has no planes"
         if self.flow is not None and not isinstance(self.flow, CachedFlow):
             kind = type(self.flow).__name__
@@ -321,38 +331,23 @@ class VideoDataModule(L.LightningDataModule):
             return True
         return window.factor != (1, 1)
 
-    def _open_source(self) -> Source:
-        if self.source_name == "synthetic":
-            return SyntheticSource(self.synthetic or StreetSet())
-        assert self.root is not None
-        if self.source_name == "bdd100k":
-            return BDD100KSource(self.root, self.split, self.num_workers)
-        if self.source_name == "walking_tours":
-            return WalkingToursSource(self.root, self.city, self.num_workers)
-        if self.source_name == "frames":
-            return FramesSource(self.root, self.rate)
-        return FolderSource(self.root, workers=self.num_workers)
-
     def _check(self) -> None:
-        if self.source_name != "synthetic" and self.root is None:
-            raise UserError(f"source {self.source_name} needs a folder: give --data.root")
+        if self.source_name == "images" and (self.sampler.span or self.division.hours):
+            raise UserError(
+                "source images: an image has one moment and no length; give --data.gap [0, 0] or"
+                " a ClipSampler of frames 1, and no hours"
+            )
+        if self.division.cuts == "avoid" and self.source_name in NO_FILMS:
+            raise UserError(f"cuts avoid is for video files: leave it out for source {self.source_name}")
         if self.batch_size < 1 or self.batch_size % self.clips_per_video:
             raise UserError(
                 f"batch_size {self.batch_size} must be a multiple of pairs_per_video {self.clips_per_video}"
             )
         if self.pixels not in ("rgb", "yuv"):
             raise UserError(f"pixels {self.pixels!r}: choose rgb or yuv")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(
-                f"val_fraction {self.val_fraction}: give a share of the videos, from 0 to below 1"
-            )
         if self.repeats < 1 or self.num_workers < 0:
             raise UserError(
                 f"repeats {self.repeats} must be at least 1, num_workers {self.num_workers} at least 0"
-            )
-        if self.clip_seconds is not None and self.clip_seconds < self.sampler.span:
-            raise UserError(
-                f"clip_seconds {self.clip_seconds:g} is less than a clip needs ({self.sampler.span:g} s)"
             )
         if self.flow is not None and not isinstance(self.sampler, PairSampler):
             raise UserError(f"flow is between two frames: a {type(self.sampler).__name__} draws no pairs")

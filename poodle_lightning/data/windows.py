@@ -23,6 +23,7 @@ from poodle_lightning.types import UserError
 Rect = tuple[float, float, float, float]
 # BDD100K crops of the paper: 512 × 1024 out of 1080 × 1920 · U(0.75, 1.25) cover this share of the frame.
 PAPER_AREA = (0.162, 0.449)
+_TRIES = 10  # of torchvision's RandomResizedCrop
 
 
 class TooSmall(Exception):
@@ -77,6 +78,11 @@ class WindowRule:
         area_normal: mean and standard deviation: the share of the frame is normal, truncated to ``area``,
             in place of uniform. (PooDLe's study of the global crop's area, §4.4, Fig. 5; the authors' code
             truncates to [0.05, 0.95].)
+        ratio: with ``area``: range of the window's width over height in px, log-uniform. What does not fit
+            into the frame is drawn again, ten times at most; after that it is the largest window in the
+            middle whose ratio is allowed. That is torchvision's ``RandomResizedCrop`` but for its rounding
+            to whole pixels. (DoRA's clips: area [0.2, 1], ratio [3/4, 4/3].)
+        whole: the window is the whole frame, whatever its shape.
 
     Raises:
         UserError: the settings contradict each other, or no crop fits.
@@ -89,13 +95,15 @@ class WindowRule:
     antialias: bool = False
     aspect: float | None = None
     area_normal: tuple[float, float] | None = None
+    ratio: tuple[float, float] | None = None
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
             raise UserError(f"size {self.size}: give height and width in pixels, at least 1")
         if self.scale is not None and self.area is not None:
             raise UserError("scale and area are two ways to draw a window: give one of them")
-        for name, pair in (("scale", self.scale), ("area", self.area)):
+        for name, pair in (("scale", self.scale), ("area", self.area), ("ratio", self.ratio)):
             if pair is not None and not 0 < pair[0] <= pair[1]:
                 raise UserError(f"{name} {pair}: give two positive numbers, the smaller one first")
         if self.aspect is not None and not self.aspect > 0:
@@ -107,6 +115,10 @@ class WindowRule:
                 f"area_normal {self.area_normal}: mean and a standard deviation above 0, truncated to area, "
                 "which has to be given"
             )
+        if self.ratio is not None and (self.area is None or self.aspect is not None):
+            raise UserError(f"ratio {self.ratio}: it goes with area, and aspect would fix what it draws")
+        if self.whole and (self.scale, self.area, self.aspect) != (None, None, None):
+            raise UserError("whole takes all of the frame: leave out scale, area, aspect and ratio")
         if self.scale is not None and self.reference is not None:
             low = tuple(side * self.scale[0] for side in self.reference)
             if low[0] < self.size[0] or low[1] < self.size[1]:
@@ -126,6 +138,10 @@ class WindowRule:
         Raises:
             TooSmall: the resized frame is smaller than the crop.
         """
+        if self.whole:
+            return self._with_margin((0.0, 0.0, float(width), float(height)))
+        if self.ratio is not None:
+            return self._with_margin(self._of_ratio(width, height, key, self.ratio))
         extent, x, y = uniform(fold(key, "window").reshape(1), 3, dtype=torch.float64)[0].tolist()
         w, h = self._window_size(width, height, extent)
         x0, y0 = x * (width - w), y * (height - h)
@@ -162,6 +178,21 @@ class WindowRule:
             frame = f"{width}×{height} px times {resized_by:.3g}"
             raise TooSmall(f"{frame} is smaller than the crop of {self.size[1]}×{self.size[0]} px; use area")
         return w, h
+
+    def _of_ratio(self, width: int, height: int, key: Tensor, ratio: tuple[float, float]) -> Rect:
+        draws = uniform(fold(key, "window").reshape(1), 2 + 2 * _TRIES, dtype=torch.float64)[0].tolist()
+        low, high = math.log(ratio[0]), math.log(ratio[1])
+        x, y = draws[:2]
+        for share, tilt in zip(draws[2::2], draws[3::2], strict=True):
+            area, aspect = self._share(share) * width * height, math.exp(low + (high - low) * tilt)
+            w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+            if w <= width and h <= height:
+                break
+        else:
+            aspect = min(max(width / height, ratio[0]), ratio[1])
+            w, h, x, y = min(width, height * aspect), min(height, width / aspect), 0.5, 0.5
+        x0, y0 = x * (width - w), y * (height - h)
+        return x0, y0, x0 + w, y0 + h
 
     def _share(self, draw: float) -> float:
         """The share of the frame at a uniform draw, by the inverse of its distribution."""

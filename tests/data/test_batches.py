@@ -118,6 +118,22 @@ def test_what_needs_rgb_in_the_worker_gets_it(folder):
     assert not still.flow.any()
 
 
+def test_whole_frames_tell_their_shape(folder):
+    for kind in ("yuv", "rgb"):
+        for antialias in (False, True):
+            data = dataset(folder, kind, rule=WindowRule((12, 12), whole=True, antialias=antialias))
+            clip = batch(data, 3)
+            assert clip.aspect.dtype == torch.float32
+            np.testing.assert_allclose(clip.aspect, [64 / 48] * 3, rtol=1e-6)
+            assert clip[1:].aspect.shape == (2,)
+    planes, rgb = (
+        batch(dataset(folder, kind, rule=WindowRule((12, 12), whole=True)), 3) for kind in ("yuv", "rgb")
+    )
+    assert planes.yuv is not None
+    assert (planes.unit() - rgb.unit()).abs().max() * 255 <= 1 + 1e-3
+    assert batch(dataset(folder, "rgb"), 3).aspect is None
+
+
 def test_generated_streets_are_rgb(folder):
     streets = SyntheticSource(StreetSet(videos=2, seconds=1.0, size=(48, 64), supersample=1))
     assert batch(dataset(folder, "yuv", source=streets), 2).yuv is None

@@ -8,7 +8,7 @@ import pytest
 
 from poodle_lightning.data import index as module
 from poodle_lightning.data.encode import write_video
-from poodle_lightning.data.index import build_index
+from poodle_lightning.data.index import build_index, index_file
 from poodle_lightning.data.info import fingerprint
 from poodle_lightning.types import UserError
 
@@ -222,3 +222,15 @@ def test_folders_without_video_are_one_line_errors(tmp_path, cache, prepare, wor
         build_index(prepare(tmp_path))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_single_file_is_measured_and_remembered(root, cache, monkeypatch):
+    """As the folder's index has it; without a look at its neighbours."""
+    path = build_index(root).videos[0].path
+    alone = index_file(path)
+    assert alone.videos == build_index(root).videos[:1]
+    assert alone.root == path
+    monkeypatch.setattr("poodle_lightning.data.index.probe", None)  # whoever measures again fails
+    assert index_file(path) == alone
+    with pytest.raises(UserError, match="is a folder, not a film"):
+        index_file(root)

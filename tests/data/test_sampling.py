@@ -133,3 +133,23 @@ def test_senseless_settings(make):
 def test_long_videos_are_cut(duration, expected):
     videos = [SimpleNamespace(duration=1.0), SimpleNamespace(duration=duration)]
     assert split_long(videos) == [(0, 0.0, 1.0)] + [(1, a, b) for a, b in expected]
+
+
+@pytest.mark.parametrize("duration", [0.0, 3.0])
+def test_a_clip_may_be_one_frame(duration):
+    sampler = ClipSampler(frames=1, step=1.0)
+    assert sampler.span == 0.0
+    times = [sampler.times(duration, key_of(0, number)) for number in range(50)]
+    assert all(len(one) == 1 and 0 <= one[0] <= duration for one in times)
+    assert len({one[0] for one in times}) == (50 if duration else 1)
+
+
+@pytest.mark.parametrize("sampler", [ClipSampler(8, 1.0), PairSampler((0.1, 0.7)), WindowSampler(3, 0.7)])
+def test_a_stretch_as_long_as_a_clip_is_enough_whatever_rounding_took(sampler):
+    for number in range(200):
+        start = 100 * number / 7
+        times = sampler.times((start + sampler.span) - start, key_of(0, number))
+        assert min(times) >= 0
+        assert max(times) <= sampler.span + 1e-9
+    with pytest.raises(TooShort):
+        sampler.times(sampler.span - 1e-3, key_of(0))

@@ -7,7 +7,14 @@ import pytest
 
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.info import DecodeError
-from poodle_lightning.data.sources import BDD100KSource, FolderSource, WalkingToursSource
+from poodle_lightning.data.sources import (
+    BDD100KSource,
+    EpicKitchensSource,
+    FilmSource,
+    FolderSource,
+    Kinetics400Source,
+    WalkingToursSource,
+)
 from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.types import UserError
 
@@ -80,6 +87,67 @@ def test_walking_tours_are_found_by_their_names(tmp_path):
     assert len(names(WalkingToursSource(tmp_path, "all"))) == 3
     with pytest.raises(UserError, match=r"no readable file Zurich\*.mp4"):
         WalkingToursSource(tmp_path, "zurich")
+
+
+def test_the_tours_of_wt_sem_are_a_set_of_their_own(tmp_path):
+    for number, name in enumerate(("Rome 4K.mp4", "Toruń-walk.mp4", "poznan.mkv", "Zürich.mp4")):
+        film(tmp_path / name, seed=number)
+    assert sorted(names(WalkingToursSource(tmp_path, "val"))) == [
+        "Rome 4K.mp4",
+        "Toruń-walk.mp4",
+        "poznan.mkv",
+    ]
+    assert names(WalkingToursSource(tmp_path, "all")) == ["Zürich.mp4"]
+    with pytest.raises(UserError, match="city 'paris': choose all, val or one of amsterdam"):
+        WalkingToursSource(tmp_path, "paris")
+    for name in ("Rome 4K.mp4", "Toruń-walk.mp4", "poznan.mkv"):
+        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match=r"no readable file \{Rome,Torun,Poznan\}\*.mp4"):
+        WalkingToursSource(tmp_path, "val")
+
+
+def test_kitchens_are_found_by_both_layouts(tmp_path):
+    (tmp_path / "other").mkdir()
+    for number, name in enumerate(
+        ("P01/videos/P01_01.MP4", "P02/P02_101.MP4", "other/P03_01.MP4", "P04/x.MP4")
+    ):
+        film(tmp_path / "EPIC-KITCHENS" / name.replace("MP4", "mp4"), seed=number)
+        (tmp_path / "EPIC-KITCHENS" / name.replace("MP4", "mp4")).rename(tmp_path / "EPIC-KITCHENS" / name)
+    for root in (tmp_path, tmp_path / "EPIC-KITCHENS"):
+        assert names(EpicKitchensSource(root)) == ["P01_01.MP4", "P02_101.MP4"]
+    with pytest.raises(UserError, match="not laid out as EPIC-KITCHENS"):
+        EpicKitchensSource(tmp_path / "EPIC-KITCHENS" / "other")
+
+
+@pytest.mark.parametrize("holder", ["", "kinetics400", "k400"])
+def test_kinetics_is_found_with_and_without_classes(tmp_path, holder):
+    film(tmp_path / holder / "train" / "abseiling" / "a_000001_000011.mp4")
+    film(tmp_path / holder / "train" / "zumba" / "b_000001_000011.mp4", seed=1)
+    film(tmp_path / holder / "val" / "c_000001_000011.mp4", seed=2)
+    assert names(Kinetics400Source(tmp_path)) == ["a_000001_000011.mp4", "b_000001_000011.mp4"]
+    assert names(Kinetics400Source(tmp_path, "val")) == ["c_000001_000011.mp4"]
+    with pytest.raises(UserError, match=r"not laid out as Kinetics-400, .*test is missing"):
+        Kinetics400Source(tmp_path, "test")
+
+
+def test_a_film_is_one_file(tmp_path):
+    film(tmp_path / "a.mp4")
+    film(tmp_path / "b.mp4", seed=1)
+    source = FilmSource(tmp_path / "a.mp4")
+    assert names(source) == ["a.mp4"]
+    (entry,) = source.entries
+    assert (entry.stop, entry.interval) == (pytest.approx(1.1), pytest.approx(0.1))
+    assert source.video(entry).frames == 12
+    source.open(entry).close()
+    (tmp_path / "text.mp4").write_text("no video")
+    for wrong, message in (
+        ("", "is a folder, not a film; set --data.root to the file"),
+        ("c.mp4", "no such file"),
+        ("text.mp4", "no known video container"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            FilmSource(tmp_path / wrong)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_data_module_reads_films(tmp_path):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from poodle_lightning.data.sources import Entry
-from poodle_lightning.data.split import held_out, long_enough, segments
+from poodle_lightning.data.split import Division, held_out, long_enough, segments
+from poodle_lightning.data.starts import StartTimes
+from poodle_lightning.data.subsets import Picked
 from poodle_lightning.types import UserError
+
+
+class Videos:
+    """A source of videos of given lengths."""
+
+    refused = ()
+
+    def __init__(self, *durations):
+        self.entries = entries(*durations)
 
 
 def entries(*durations, start=0.0):
@@ -53,3 +65,58 @@ def test_segments_cover_a_video_and_hold_a_clip_each():
         (0, 129.5, 135.5),
         (1, 100.0, 104.0),
     ]
+
+
+def test_no_frame_is_in_both_ends_of_a_film():
+    film = [Entry(0, "v", 0.0, 10.0, 64, 48, 0.04)]
+    (train,), (val,) = held_out(film, 0.2, 1.0, seed=0, apart=0.02)
+    assert val.start - train.stop == pytest.approx(0.04)  # a frame
+    (train,), (val,) = held_out(film, 0.2, 1.0, seed=0, apart=0.5)
+    assert (train.stop, val.start) == (7.5, 8.0)
+    with pytest.raises(UserError, match="set val_fraction to 0"):
+        held_out(entries(2.2), 0.1, 1.0, seed=0, apart=0.5)
+
+
+def test_a_long_list_is_divided_without_making_it():
+    every = Picked(entries(*[0.0] * 100), np.arange(100))
+    usable, short = long_enough(every, 0.0)
+    assert usable is every
+    assert short == ()
+    train, val = held_out(every, 0.1, 0.0, seed=0)
+    assert isinstance(train, Picked)
+    assert (len(train), len(val)) == (90, 10)
+    assert {entry.id for entry in train} | {entry.id for entry in val} == set(range(100))
+    listed = held_out(entries(*[0.0] * 100), 0.1, 0.0, seed=0)
+    assert ([*train], [*val]) == listed
+
+
+def test_a_subset_is_drawn_before_some_of_it_is_held_out():
+    source = Videos(*[36.0] * 100, 1.0)
+    parts = Division(2.0, seed=3, val_fraction=0.1, hours=0.5).of(source, "films")
+    assert (len(parts.train), len(parts.val)) == (45, 5)
+    assert [skip.path for skip in parts.left_out] == ["v100"]
+    assert sum(entry.duration for part in (parts.train, parts.val) for entry in part) == pytest.approx(1800)
+
+
+def test_start_times_are_made_of_what_is_left():
+    parts = Division(2.0, val_fraction=0.5, start_every=0.5).of(Videos(4.0, 4.0), "films")
+    assert isinstance(parts.train, StartTimes)
+    assert [entry.start for entry in parts.train] == [0.0, 0.5, 1.0, 1.5, 2.0]
+    assert [entry.start for entry in parts.val] == [0.0, 2.0]
+    assert {e.path for e in parts.train}.isdisjoint(e.path for e in parts.val)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction"),
+        ({"clip_seconds": 1.0}, "clip_seconds 1 is less than a clip needs"),
+        ({"start_every": -1.0}, "start_every -1 must be above 0"),
+        ({"hours": 0.0}, "hours 0 must be above 0"),
+        ({"start_every": 1.0, "clip_seconds": 5.0}, "give one of them"),
+        ({"cuts": "all"}, "cuts 'all': choose keep or avoid"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(UserError, match=message):
+        Division(2.0, **settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from poodle_lightning.data.windows import TooSmall, WindowRule, extend, inside_frame, reduced
 from poodle_lightning.ops.random import key_of
@@ -120,6 +121,12 @@ def test_reduced_is_the_mean_of_blocks():
         ({"area": (0.5, 0.2)}, "area"),
         ({"area": (0.5, 1.2)}, "at most 1"),
         ({"scale": (0.4, 0.5), "size": (512, 1024)}, "does not fit"),
+        ({"ratio": (0.75, 1.3)}, "goes with area"),
+        ({"ratio": (0.75, 1.3), "area": (0.2, 1.0), "aspect": 1.0}, "goes with area"),
+        ({"ratio": (1.3, 0.75), "area": (0.2, 1.0)}, "the smaller one first"),
+        ({"ratio": (0.0, 0.75), "area": (0.2, 1.0)}, "positive"),
+        ({"whole": True, "area": (0.2, 1.0)}, "whole takes all of the frame"),
+        ({"whole": True, "scale": (1.0, 1.0), "reference": None}, "whole takes all of the frame"),
     ],
 )
 def test_wrong_settings_are_refused(settings, message):
@@ -156,3 +163,40 @@ def test_a_normal_law_needs_an_interval_and_a_spread():
         WindowRule((64, 64), area_normal=(0.5, 0.1))
     with pytest.raises(UserError, match="area_normal"):
         WindowRule((64, 64), area=(0.1, 0.9), area_normal=(0.5, 0.0))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (300, 300), (500, 333)])
+@pytest.mark.parametrize("area", [(0.2, 1.0), (0.6, 1.0)])
+def test_a_ratio_gives_the_windows_of_torchvision(width, height, area):
+    from scipy.stats import ks_2samp
+    from torchvision.transforms import RandomResizedCrop
+
+    inner = boxes(WindowRule((300, 300), area=area, ratio=(3 / 4, 4 / 3)), width, height)
+    assert inner.min() >= 0
+    assert inner[:, 2].max() <= width + 1e-9
+    assert inner[:, 3].max() <= height + 1e-9
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        image, ratio = torch.empty(3, height, width), [3 / 4, 4 / 3]
+        top, left, h, w = np.array(
+            [RandomResizedCrop.get_params(image, list(area), ratio) for _ in range(3000)], float
+        ).T
+    ours = inner[:, 0], inner[:, 1], inner[:, 2] - inner[:, 0], inner[:, 3] - inner[:, 1]
+    for mine, theirs in zip(ours, (left, top, w, h), strict=True):
+        blurred = theirs + np.random.default_rng(0).uniform(-0.5, 0.5, len(theirs))  # theirs are whole pixels
+        blurred = np.where((theirs == 0) | (theirs == theirs.max()), theirs, blurred)
+        assert ks_2samp(np.round(mine), np.round(blurred)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("width", "height", "w", "h"), [(900, 100, 400 / 3, 100), (60, 800, 60, 80)])
+def test_where_no_ratio_fits_the_window_is_in_the_middle(width, height, w, h):
+    inner = boxes(WindowRule((8, 8), area=(0.9, 1.0), ratio=(3 / 4, 4 / 3)), width, height)
+    expected = [(width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2]
+    np.testing.assert_allclose(inner, np.tile(expected, (len(inner), 1)))
+
+
+def test_the_whole_frame():
+    window = WindowRule((30, 30), whole=True).draw(50, 40, KEYS[0])
+    assert window.inner == (0, 0, 50, 40)
+    assert window.outer == (-1, -1, 51, 41)
+    assert WindowRule((8, 20), whole=True, antialias=True).draw(50, 40, KEYS[0]).factor == (2, 5)
