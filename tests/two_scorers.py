@@ -13,15 +13,19 @@ from pathlib import Path
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from object_trees import voc_objects
 from tiny_models import tiny_encoder
 
 from poodle_lightning.data.image_classes import ImageClassDataModule, ImageViews
 from poodle_lightning.data.label_streets import StreetLabels
 from poodle_lightning.data.labelled import LabelledDataModule
+from poodle_lightning.data.objects import ObjectDataModule
 from poodle_lightning.evaluation.classification import KNN, KNNRecipe, LinearProbe, ProbeRecipe
 from poodle_lightning.evaluation.clustering import Clustering, ClusteringRecipe
+from poodle_lightning.evaluation.discovery import ObjectDiscovery
 from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.evaluation.retrieval import DenseRetrieval, RetrievalRecipe, dense_retrieval
+from poodle_lightning.nn.vit import ViT
 
 
 def trainer(world: int, **kwargs) -> L.Trainer:
@@ -56,9 +60,13 @@ def main(folder: Path, world: int) -> dict:
     retrieval = DenseRetrieval(encoder, recipe=RetrievalRecipe(k=5, vectors=100))
     clustering = Clustering(encoder, recipe=ClusteringRecipe(clusters=24, restarts=1, seeds=2, iterations=5))
     knn = KNN(encoder, recipe=KNNRecipe(k=(1, 3), headline=3))
+    tree = voc_objects(folder / f"voc{os.environ.get('RANK', '')}")
+    objects = ObjectDataModule(str(tree), num_workers=0, batch_size=2)
+    discovery = ObjectDiscovery(ViT(patch=8, dim=24, depth=2, heads=3, image_size=(32, 32)).eval())
     found = {}
     for name, module, data in (
         ("retrieval", retrieval, streets), ("clustering", clustering, streets), ("knn", knn, images),
+        ("discovery", discovery, objects),
     ):  # fmt: skip
         trainer(world).validate(module, datamodule=data, verbose=False)
         scores = module.scores()

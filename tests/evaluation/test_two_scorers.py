@@ -48,7 +48,7 @@ def found(tmp_path_factory):
     return [alone, *(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))]
 
 
-@pytest.mark.parametrize("name", ["retrieval", "clustering", "knn", "probe"])
+@pytest.mark.parametrize("name", ["retrieval", "clustering", "knn", "discovery", "probe"])
 def test_two_processes_score_like_one(found, name):
     one, first, second = (json.dumps(result[name]) for result in found)
     assert first == one
