@@ -13,10 +13,9 @@ epoch, ``top1_best`` is DINO's.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +25,7 @@ from torch.optim import SGD, Optimizer
 from poodle_lightning.configured import spec
 from poodle_lightning.data.image_classes import ImageBatch, ImageClassDataModule
 from poodle_lightning.evaluation.base import Evaluation, Scores
+from poodle_lightning.evaluation.classifier import Classifier, per_class, unit
 from poodle_lightning.evaluation.memory import gathered
 from poodle_lightning.evaluation.metrics import Accuracy
 from poodle_lightning.evaluation.vectors import image_data, knn_votes, read_vectors
@@ -150,13 +150,13 @@ class KNN(Evaluation):
             protocol=f"{self.recipe.headline}-NN classification",
             headline="top1",
             scores={"top1": chosen.top1(), "top5": chosen.top5(), **each},
-            per_class=_per_class(chosen, self.the_classes()),
+            per_class=per_class(chosen, self.the_classes()),
             counts={"images": chosen.images, "training_images": len(self.vectors)},
             details={"recipe": spec(self.recipe)},
         )
 
     def _vectors(self, batch: ImageBatch) -> Tensor:
-        images = batch.images.to(self.device).float() / 255.0
+        images = unit(batch.images.to(self.device))
         vectors = read_vectors(self.the_encoder(), images, self.recipe.blocks)
         if not bool(vectors.isfinite().all()):
             raise UserError(
@@ -190,7 +190,7 @@ class ProbeRecipe:
             raise UserError("ProbeRecipe: lr, blocks and watch_every must be above 0")
 
 
-class LinearProbe(Evaluation):
+class LinearProbe(Classifier):
     """A linear layer on a frozen encoder (see the module); the data module is ``ImageClassDataModule``.
 
     Args:
@@ -201,7 +201,7 @@ class LinearProbe(Evaluation):
         classes: see ``Evaluation``.
     """
 
-    trains: ClassVar[bool] = True
+    protocol = "linear classification"
 
     def __init__(
         self,
@@ -215,11 +215,10 @@ class LinearProbe(Evaluation):
         given = copy.deepcopy(encoder) if isinstance(encoder, Encoder) else encoder
         super().__init__(given, output_stride=output_stride, decoder=decoder, classes=classes)
         self.recipe = recipe or ProbeRecipe()
+        self.watch_every = self.recipe.watch_every
         if self.encoder is not None:
             self.encoder.requires_grad_(False)
         self.head: nn.Linear | None = None
-        self.accuracy: Accuracy | None = None
-        self.best: dict[str, float] = {}
         self._build()
 
     # ---- parts
@@ -240,15 +239,6 @@ class LinearProbe(Evaluation):
         super().take_classes(classes)
         self._build()
 
-    def setup(self, stage: str) -> None:
-        """See ``Evaluation``.
-
-        Raises:
-            UserError: the data are no images with one class each.
-        """
-        super().setup(stage)
-        image_data(self)
-
     def train(self, mode: bool = True) -> Self:
         """The encoder stays in eval mode."""
         super().train(mode)
@@ -260,7 +250,7 @@ class LinearProbe(Evaluation):
         """Logits ``(B, classes)`` float32 of images ``(B, 3, H, W)`` uint8 on the module's device."""
         assert self.head is not None
         with torch.no_grad():
-            vectors = read_vectors(self.the_encoder(), images.float() / 255.0, self.recipe.blocks)
+            vectors = read_vectors(self.the_encoder(), unit(images), self.recipe.blocks)
         logits: Tensor = self.head(vectors)
         return logits.float()
 
@@ -288,89 +278,14 @@ class LinearProbe(Evaluation):
         Raises:
             UserError: the number of epochs is not given.
         """
-        epochs = self.trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise UserError("the linear probe falls to 0 over its epochs: give --trainer.max_epochs")
-        rate = warmup_cosine(self.current_epoch, self._base_lr(), 0.0, 0.0, epochs)
+        rate = warmup_cosine(self.current_epoch, self._base_lr(), 0.0, 0.0, self.epochs())
         for optimizer in self.trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
     def _base_lr(self) -> float:
-        per_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 256)
-        batch = int(per_device) * self.trainer.world_size * self.trainer.accumulate_grad_batches
-        return self.recipe.lr * batch / 256
+        return self.recipe.lr * self.global_batch() / 256
 
-    def on_train_epoch_end(self) -> None:
-        """Scores the held-out images where the trainer does not: the best epoch is to be known."""
-        if self.trainer.limit_val_batches or (self.current_epoch + 1) % self.recipe.watch_every:
-            return
-        data = image_data(self)
-        self._start_counting()
-        with observed(self.the_encoder()), self.trainer.precision_plugin.val_step_context():
-            for number, batch in enumerate(data.val_dataloader()):
-                self.validation_step(batch.to(self.device), number)
-        self.log("val/top1", torch.tensor(self._finish_counting(), device=self.device), sync_dist=True)
-
-    # ---- scoring
-    def on_validation_epoch_start(self) -> None:
-        """Counts from zero."""
-        self._start_counting()
-
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Counts what is right."""
-        assert self.accuracy is not None
-        with torch.no_grad():
-            self.accuracy.update(self(batch.images), batch.labels)
-
-    def on_validation_epoch_end(self) -> None:
-        """Adds up the devices; logs ``val/top1``."""
-        found = self._finish_counting()
-        self.log("val/top1", torch.tensor(found, device=self.device), sync_dist=True)
-
-    def _start_counting(self) -> None:
-        self.accuracy = Accuracy(len(self.the_classes()))
-
-    def _finish_counting(self) -> float:
-        assert self.accuracy is not None
-        self.accuracy.all_reduce()
-        found = {"top1": self.accuracy.top1(), "top5": self.accuracy.top5()}
-        if not self.trainer.sanity_checking:
-            self.best = {name: max(value, self.best.get(name, -math.inf)) for name, value in found.items()}
-        return found["top1"]
-
-    def scores(self) -> Scores:
-        """Top-1 and top-5 of the last validation, and the largest of all epochs (chosen on these images).
-
-        Raises:
-            UserError: there was no validation yet.
-        """
-        if self.accuracy is None or not self.best:
-            raise UserError("the linear probe has no result yet: fit and validate it first")
-        return Scores(
-            protocol="linear classification",
-            headline="top1",
-            scores={
-                "top1": self.accuracy.top1(),
-                "top5": self.accuracy.top5(),
-                "top1_best": self.best["top1"],
-                "top5_best": self.best["top5"],
-            },
-            per_class=_per_class(self.accuracy, self.the_classes()),
-            counts={"images": self.accuracy.images},
-            details={"recipe": spec(self.recipe)},
-        )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See ``Evaluation``; the best accuracy so far too."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["poodle_lightning"]["best"] = dict(self.best)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :class:`Evaluation`; takes up the best accuracy of the run that is resumed."""
-        super().on_load_checkpoint(checkpoint)
-        self.best = dict(checkpoint.get("poodle_lightning", {}).get("best", {}))
-
-
-def _per_class(accuracy: Accuracy, classes: ClassSet) -> dict[str, dict[str, float]]:
-    return {"top1": dict(zip(classes.names, accuracy.per_class().tolist(), strict=True))}
+    def details(self) -> dict[str, Any]:
+        """See ``Classifier``."""
+        return {"recipe": spec(self.recipe)}

@@ -1,15 +1,11 @@
-"""Folders of classes: views against torchvision, order, and what is refused."""
+"""Classified images in batches: what comes when, and what is refused."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
-from torchvision.transforms import functional as TF
-from torchvision.transforms.functional import InterpolationMode
 
-from poodle_lightning.data.image_classes import ImageClassDataModule, ImageViews
-from poodle_lightning.ops.random import bernoulli, fold, key_of
+from poodle_lightning.data.image_classes import ImageClassDataModule, ImageViews, Repeated
 from poodle_lightning.types import UserError
 
 
@@ -34,52 +30,6 @@ def module(root, **kwargs):
     made = ImageClassDataModule(str(root), views=views, num_workers=0, **kwargs)
     made.setup()
     return made
-
-
-@pytest.mark.parametrize("size", [(300, 431), (431, 300), (256, 256), (90, 64)])
-def test_test_view_is_torchvisions(size):
-    image = picture(*size, seed=0)
-    wanted = Compose([Resize(256, InterpolationMode.BICUBIC), CenterCrop(224)])(Image.fromarray(image))
-    assert np.array_equal(ImageViews().test(image), np.asarray(wanted))
-
-
-def test_train_view_is_torchvisions_for_the_same_box():
-    views, image = ImageViews(size=32, resize=32), picture(90, 140, seed=1)
-    mirrored = 0
-    for number in range(6):
-        key = key_of(0, number)
-        box = views.box((90, 140), fold(key.reshape(1), "crop"))
-        wanted = TF.resized_crop(Image.fromarray(image), *box, [32, 32], InterpolationMode.BILINEAR)
-        if bool(bernoulli(fold(key.reshape(1), "flip"), 0.5)):
-            wanted, mirrored = TF.hflip(wanted), mirrored + 1
-        assert np.array_equal(views.train(image, key), np.asarray(wanted))
-    assert 0 < mirrored < 6
-
-
-def test_boxes_have_torchvisions_distribution():
-    views = ImageViews()
-    ours = torch.tensor([views.box((300, 400), key_of(5, i).reshape(1)) for i in range(1500)]).double()
-    torch.manual_seed(0)
-    image = torch.empty(3, 300, 400)
-    theirs = torch.tensor(
-        [RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(1500)]
-    )
-    theirs = theirs.double()
-    assert (ours[:, :2] >= 0).all()
-    assert (ours[:, 0] + ours[:, 2] <= 300).all()
-    assert (ours[:, 1] + ours[:, 3] <= 400).all()
-    for column in range(4):
-        spread = theirs[:, column].std()
-        assert (ours[:, column].mean() - theirs[:, column].mean()).abs() < 5 * spread / 1500**0.5 * 2**0.5
-        assert ours[:, column].std() == pytest.approx(float(spread), rel=0.1)
-
-
-@pytest.mark.parametrize("size", [(10, 1000), (1000, 10)])
-def test_an_image_without_room_gives_the_largest_centred_crop(size):
-    top, left, height, width = ImageViews(scale=(0.9, 1.0)).box(size, key_of(0).reshape(1))
-    wanted = (10, 13) if size[0] == 10 else (13, 10)
-    assert (height, width) == wanted
-    assert (top, left) == ((size[0] - height) // 2, (size[1] - width) // 2)
 
 
 def test_classes_are_sorted_folders_and_every_image_comes_once(root):
@@ -111,7 +61,7 @@ def test_training_order_is_a_function_of_seed_and_epoch(root):
 
 def test_a_subset_takes_a_share_of_every_class(root):
     half = module(root, subset=0.5)
-    labels = [label for _, label in half.files("train")]
+    labels = half.images("train").labels.tolist()
     assert [labels.count(label) for label in range(3)] == [2, 3, 2]
     assert half.count("val") == 9
     assert [module(root, subset=0.01).count("train")] == [3]
@@ -150,6 +100,34 @@ def test_settings_out_of_range_are_refused(root, wrong, said):
         module(root, **wrong)
 
 
-def test_a_crop_larger_than_the_image_after_resizing_is_refused():
-    with pytest.raises(UserError, match="from 1 to resize"):
-        ImageViews(size=300)
+@pytest.mark.parametrize("world", [1, 2])
+def test_repeated_views_are_deits(root, world):
+    """Every image three times in a row, the views dealt to the devices in turn, as DeiT's sampler does it."""
+    order = Repeated(3, 15, 1, 12, world, 0)
+    items = [order.item(2, position) for position in range(12)]
+    images = [item % 15 for item in items]
+    assert images == [image for image in images[::3] for _ in range(3)]
+    assert len(set(images)) == 4
+    assert len(set(items)) == 12  # another view each time
+    plain = Repeated(1, 15, 1, 12, world, 0)
+    assert [plain.item(2, place) for place in range(4)] == images[::3]
+    with pytest.raises(UserError, match="repeats 0"):
+        module(root, repeats=0)
+
+
+def test_repeated_views_of_an_image_differ(root):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    for path in root.rglob("*.png"):
+        Image.fromarray(pixels).save(path)
+    batch = next(iter(module(root, repeats=3, batch_size=6).train_dataloader()))
+    assert batch.index.tolist() == [batch.index[0]] * 3 + [batch.index[3]] * 3
+    assert len({image.numpy().tobytes() for image in batch.images}) == 6
+
+
+def test_erased_views_reach_the_batch_as_float16(root):
+    views = ImageViews(size=16, resize=20, erase=1.0)
+    data = module(root, views=views, batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    assert batch.images.dtype == torch.float16
+    assert float(batch.images.max()) > 255
+    assert next(iter(data.val_dataloader())).images.dtype == torch.uint8

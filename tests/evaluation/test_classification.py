@@ -1,5 +1,7 @@
 """k-NN against a float64 loop and scikit-learn; the linear probe on classes that a line separates."""
 
+import shutil
+
 import lightning as L
 import numpy as np
 import pytest
@@ -104,6 +106,15 @@ def test_knn_equals_a_loop_and_scikit_learn(root, batch):
 def test_more_neighbours_than_images_is_one_line(root):
     with pytest.raises(UserError, match="200 neighbours wanted of 24 training images"):
         trainer().validate(KNN(Colour()), datamodule=data(root), verbose=False)
+
+
+@pytest.mark.parametrize("kind", [KNN, LinearProbe])
+def test_a_class_without_a_held_out_image_is_one_line(root, tmp_path, kind):
+    shutil.copytree(root, tmp_path / "classes")
+    for path in (tmp_path / "classes" / "val" / "bee").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"the class bee has no image in val \(and 0 more\)"):
+        trainer().validate(kind(Colour()), datamodule=data(str(tmp_path / "classes")), verbose=False)
 
 
 def test_labels_per_pixel_are_refused():
