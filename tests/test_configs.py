@@ -1,5 +1,6 @@
 """Every shipped YAML file parses, builds, and says in its header where its numbers come from."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 
 from poodle_lightning.cli import build
+from poodle_lightning.configured import spec
 from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.methods.base import Method
 from poodle_lightning.methods.poodle import PooDLe
@@ -18,6 +20,16 @@ EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiment").glob("*.yaml"))
 OF_TRAINERS = ("probes", "compile")
 PATCHES = sorted(path.stem for path in (ROOT / "patch").glob("*.yaml") if path.stem not in OF_TRAINERS)
 TRAINERS = sorted(path.stem for path in (ROOT / "trainer").glob("*.yaml"))
+# the experiment that a patch goes on top of, by the beginning of its name; else PooDLe's ablation
+BASES = {
+    "byol_": "byol_bdd100k",
+    "dora_": "dora_wt_venice",
+    "tour_": "dora_wt_venice",
+    "cuts_": "dora_film",
+    "dino_": "dino_wt_venice",
+    "attmask_": "attmask_wt_venice",
+    "epochs_": "ibot_wt_venice",
+}
 HEADER = ("command", "hardware", "hours", "expected", "obtained")
 
 
@@ -52,17 +64,20 @@ def test_experiments_have_a_header(name):
     assert f"experiment/{name}.yaml" in "\n".join(head)
 
 
+def said(*configs: str) -> list[str]:
+    """All that a configuration settles of model and data."""
+    method, data = made(*configs)
+    parts = (data.rule, data.sampler, data.origin, data.division)
+    return [str(spec(method)), data.pixels, *(str(vars(part)) for part in parts)]
+
+
+unpatched = functools.cache(said)
+
+
 @pytest.mark.parametrize("name", PATCHES)
 def test_patches_change_what_they_say(name):
-    base = "byol_bdd100k" if name == "byol_frames" else "poodle_ablation"
-    plain, plain_data = made(f"experiment/{base}")
-    method, data = made(f"experiment/{base}", f"patch/{name}")
-    from poodle_lightning.configured import spec
-
-    def said(method, data):
-        return [str(spec(method)), data.pixels, *(str(vars(part)) for part in (data.rule, data.sampler))]
-
-    assert said(plain, plain_data) != said(method, data)
+    base = next((base for start, base in BASES.items() if name.startswith(start)), "poodle_ablation")
+    assert unpatched(f"experiment/{base}") != said(f"experiment/{base}", f"patch/{name}")
 
 
 @pytest.mark.parametrize("name", TRAINERS)
