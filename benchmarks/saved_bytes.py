@@ -53,7 +53,8 @@ class Kept:
             self._known.add(storage.data_ptr())
             self._held.append(tensor)
             self.total += storage.nbytes()
-        return tensor
+        # a node that gets its own result back as it came would hold itself, and the whole graph, for ever
+        return tensor.detach()
 
     def __enter__(self) -> Self:
         self._hooks.__enter__()

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.augment.geometric import ResizedCrop
-from poodle_lightning.augment.multicrop import MultiCrop
+from poodle_lightning.augment.multicrop import Crops, MultiCrop
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.distillation import view_losses
 from poodle_lightning.methods.distillation import HeadSizes, SelfDistillation, crop_keys
@@ -121,27 +121,28 @@ class DoRA(SelfDistillation):
     def losses(self, clip: Clip) -> Losses:
         """The loss on masked views and that on local crops (paper Eq. 8–10)."""
         crops = self.crops(clip)  # X^a, (X^b); X^l                                 (V, N, 3, h, w)
-        seen = self.observe(crops.large)  # g_θ'(X_t), A, Q, K of all frames at once         (V·N)
-        q = self.teach(self.teacher.head(seen.vector).unflatten(0, crops.large.shape[:2]))  # f_θ'(X_t)
-        masks = self.masks_of(clip, seen)  # T'_t, first frame's objects                 (k, V·N, 1, h/p, w/p)
-        terms = {"object": self.object_weight * self.object_loss(crops.large, masks, q)}
-        if crops.small is not None:
-            terms["local"] = self.local_weight * self.local_loss(crops.small, q)
+        q, masks = self.target_of(clip, crops.large)  # f_θ'(X_t); T'_t      (V, N, K); (k, V·N, 1, h/p, w/p)
+        masked, local = self.answer(crops, masks)  # f_θ(X^o); f_θ(X^l)            (k·V, N, K); (L, N, K)
+        pairs = view_losses(masked, q, self.student_temperature).unflatten(1, (-1, len(q)))  # (U, k, V)
+        terms = {"object": self.object_weight * self.reduced(pairs.flip(0).diagonal(dim1=0, dim2=2))}  # u ≠ v
+        if len(local):
+            terms["local"] = self.local_weight * self.reduced(view_losses(local, q, self.student_temperature))
         return terms
 
-    def object_loss(self, large: Tensor, masks: Tensor, q: Tensor) -> Tensor:
-        """Eq. 8: each masked view against the teacher's other view, or its only one."""
-        views, images = large.shape[:2]
-        masked = self.masked(large.flatten(0, 1), masks)  # X^o                    (k, V·N, 3, h, w)
-        features = self.student.encoder.features(masked.flatten(0, 1))
-        s = self.student.head(features.vector).unflatten(0, (-1, images))  # (k·V, N, K)
-        pairs = view_losses(s, q, self.student_temperature).unflatten(1, (-1, views))  # (U, k, V)
-        return self.reduced(pairs.flip(0).diagonal(dim1=0, dim2=2))  # u ≠ v
+    @torch.no_grad()
+    def target_of(self, clip: Clip, large: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities of all views, and the masks of the objects that it finds."""
+        seen = self.observe(large)  # g_θ'(X_t), A, Q, K of all frames at once           (V·N)
+        q = self.teach(self.teacher.head(seen.vector).unflatten(0, large.shape[:2]))
+        return q, self.masks_of(clip, seen)
 
-    def local_loss(self, small: Tensor, q: Tensor) -> Tensor:
-        """Eq. 9: each local crop against every view of the teacher."""
-        s = self.student.logits(small.flatten(0, 1)).unflatten(0, small.shape[:2])
-        return self.reduced(view_losses(s, q, self.student_temperature))
+    def answer(self, crops: Crops, masks: Tensor) -> tuple[Tensor, ...]:
+        """The student's logits of masked views and local crops: one pass per resolution, the head once."""
+        masked = self.masked(crops.large.flatten(0, 1), masks)  # X^o                (k, V·N, 3, h, w)
+        views = [masked] if crops.small is None else [masked, crops.small]
+        cls = torch.cat([self.student.encoder(view.flatten(0, 1)).vector for view in views])
+        logits: Tensor = self.student.head(cls).unflatten(0, (-1, crops.large.shape[1]))
+        return logits.tensor_split([len(masks) * len(crops.large)])
 
     # ---- objects
     @torch.no_grad()
@@ -182,10 +183,9 @@ class DoRA(SelfDistillation):
         return masks.flatten(0, 1).unflatten(2, grid).transpose(0, 1)[:, :, None]
 
     def masked(self, images: Tensor, masks: Tensor) -> Tensor:
-        """Eq. 7 on normalised images: what is masked has the mean colour, ``(k, V·N, 3, h, w)``."""
-        encoder = self.student.encoder
+        """Eq. 7, ``(k, V·N, 3, h, w)``: what is masked has the mean colour, which the encoder makes 0."""
         large = enlarge(masks, self.crops.large.size, "bilinear" if self.masks == "soft" else "nearest")
-        return (images - encoder.mean) / encoder.std * large
+        return (images - (mean := self.student.encoder.mean)) * large + mean
 
     def chosen(self) -> Tensor:
         """The k heads, drawn for the whole batch and alike on all devices; always the same in eval mode."""
