@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from poodle_lightning.types import Skip, UserError
@@ -55,12 +54,9 @@ def run(args: argparse.Namespace, build: Build) -> int:
     """
     if args.measure < 0 or not args.pairs_per_s > 0:
         raise UserError("--measure is at least 0, --pairs-per-s is above 0")
-    videos: list[VideoInfo] = []
-    refused: list[Skip] = []
-    for path in map(Path, args.paths):
-        good, bad = _look(path, args.workers)
-        videos += good
-        refused += bad
+    from poodle_lightning.commands._videos import given_videos
+
+    videos, refused = given_videos(args.paths, args.workers)
     print(table(videos))
     if refused:
         print("\nnot usable:")
@@ -173,22 +169,3 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
         "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)) + f"  {row[-1]}"
         for row in rows
     ]
-
-
-def _look(path: Path, workers: int) -> tuple[list[VideoInfo], list[Skip]]:
-    from poodle_lightning.data.decode import probe
-    from poodle_lightning.data.index import build_index
-    from poodle_lightning.data.info import DecodeError
-
-    if path.is_dir():
-        try:
-            index = build_index(path, workers=workers)
-        except UserError as error:
-            raise UserError(str(error).replace("--data.root", "the path")) from error
-        return list(index.videos), list(index.refused)
-    if not path.exists() and not path.is_symlink():
-        raise UserError(f"{path}: no such file or folder")
-    try:
-        return [probe(path)], []
-    except DecodeError as error:
-        return [], [Skip(str(path), error.reason, error.detail, error.time)]
