@@ -11,6 +11,12 @@ from poodle_lightning.report.files import RunFiles
 from poodle_lightning.report.page import Section, chips, data_url, grid, plot, table
 from poodle_lightning.report.results import PICTURES, read_result, words_of
 
+_WORST = " Pictures: image, truth, prediction, errors (red) of the worst images of the worst classes."
+_DISCOVERED = (
+    " Pictures: boxes that are there (green) and the one found (magenta), attention, the mask that it gives, "
+    "and the true objects."
+)
+
 
 def result(files: RunFiles) -> Section | None:
     """What ``evaluate`` found: scores, bars per class, the worst images of the worst classes."""
@@ -39,11 +45,9 @@ def result(files: RunFiles) -> Section | None:
         names = list(next(iter(measures.values()), {}))
         colours = palette(names)
         body += grid(cells, 1, 1) + chips({name: colours[i].tolist() for i, name in enumerate(names)})
-    sentence = f"{content['protocol']} on the encoder {content['encoder']}, seed {content['seed']}." + (
-        " Pictures: image, truth, prediction, errors (red) of the worst images of the worst classes."
-        if cells
-        else ""
-    )
+    sentence = f"{content['protocol']} on the encoder {content['encoder']}, seed {content['seed']}."
+    if cells:
+        sentence += _DISCOVERED if content["protocol"] == "object discovery" else _WORST
     return Section("Evaluation", sentence, body)
 
 

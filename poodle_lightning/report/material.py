@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
 
@@ -24,6 +24,7 @@ from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
+from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import ClassSet, Clip, Look
 
 
@@ -35,6 +36,21 @@ class FeatureMaps:
         images: ``(B, 3, H, W)`` in [0, 1], all first frames of a batch.
         trained: ``(B, C, h, w)``.
         untrained: ``(B, C, h, w)`` of the same architecture, freshly initialised.
+    """
+
+    images: Tensor
+    trained: Tensor
+    untrained: Tensor
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """Where [CLS] of a vision transformer looks in its last block, trained and untrained.
+
+    Args:
+        images: ``(B, 3, H, W)`` in [0, 1].
+        trained: ``(B, heads, h, w)``.
+        untrained: ``(B, heads, h, w)`` of the same architecture, freshly initialised.
     """
 
     images: Tensor
@@ -74,6 +90,7 @@ class Material:
         look: what the method sees of a batch.
         features: feature maps on held-out frames.
         readout: linear readouts, when there are labels.
+        attention: attention maps on held-out frames, of a vision transformer with a class token.
     """
 
     method: str | None = None
@@ -82,6 +99,7 @@ class Material:
     look: Look | None = None
     features: FeatureMaps | None = None
     readout: LabelReadout | None = None
+    attention: AttentionMaps | None = None
 
 
 def gather(
@@ -119,24 +137,26 @@ def gather(
         whole = _on_host(method.look(first.to(device)))
     encoder = method.backbone()
     random = same_architecture_random(encoder)
-    # one frame per pair: the two frames of a pair look nearly the same
-    images = whole.frames[:, 0]
+    # one frame per clip: its frames look nearly the same
+    images = _whole_patches(whole.frames[:, 0], encoder)
     stored = (images * 255).round().to(torch.uint8)
     maps = []
     for net in (encoder, random):
         with observed(net):
             maps.append(feature_map(net, stored).cpu())
+    looks = _attention(encoder, random, images)
     readout = None
     if first.labels is not None:
-        train = _labelled(training, labelled)
-        test = None if train is None else _labelled(chain([first], source), labelled)
+        train = _labelled(training, labelled, encoder)
+        test = None if train is None else _labelled(chain([first], source), labelled, encoder)
         if train is not None and test is not None:
             readout = read_labels(encoder, random, train, test, classes, recipe or ReadoutRecipe())
-    return Material(name, step, held_out, first_pairs(whole, pairs), FeatureMaps(images, *maps), readout)
+    features, shown = FeatureMaps(images, *maps), first_pairs(whole, pairs)
+    return Material(name, step, held_out, shown, features, readout, looks)
 
 
 def first_pairs(look: Look, pairs: int) -> Look:
-    """A look at fewer pairs; views stay whole (their rows need not be the pairs')."""
+    """A look at fewer clips; views stay whole (their rows need not be the clips')."""
     total = len(look.frames)
     kept = min(pairs, total)
     directed = torch.cat([torch.arange(kept), torch.arange(kept) + total])
@@ -153,7 +173,36 @@ def first_pairs(look: Look, pairs: int) -> Look:
             parts["crops"] = (look.crops[0][rows], look.crops[1][rows])
         if look.same is not None:
             parts["same"] = look.same[rows]
+    for name in ("large", "small", "hidden", "restored"):
+        whole = getattr(look, name)
+        parts[name] = None if whole is None else whole[:kept]
+    if look.objects is not None:
+        found = {part.name: getattr(look.objects, part.name) for part in fields(look.objects)}
+        some: dict[str, Any] = {
+            name: value[:kept] for name, value in found.items() if isinstance(value, Tensor)
+        }
+        parts["objects"] = replace(look.objects, **some)
     return Look(**parts, views=look.views)
+
+
+def _whole_patches(images: Tensor, encoder: Encoder) -> Tensor:
+    """Images or labels ``(..., H, W)`` without the rows and columns that do not fill a patch of a ViT."""
+    patch = encoder.patch if isinstance(encoder, ViT) else 1
+    height, width = (side // patch * patch for side in images.shape[-2:])
+    return images[..., :height, :width]
+
+
+def _attention(encoder: Encoder, random: Encoder, images: Tensor) -> AttentionMaps | None:
+    """Attention of [CLS] to the patches in both networks, where there is a [CLS]."""
+    found = []
+    for net in (encoder, random):
+        if not isinstance(net, ViT) or net.cls_token is None:
+            return None
+        with observed(net):
+            looked = net.look(images.to(net.cls_token.device))
+        assert looked.attention is not None
+        found.append(looked.attention[:, :, 0, 1:].unflatten(-1, looked.last.shape[-2:]).cpu())
+    return AttentionMaps(images, *found)
 
 
 def _on_host(look: Look) -> Look:
@@ -172,16 +221,17 @@ def _on_host(look: Look) -> Look:
     return host
 
 
-def _labelled(clips: Iterable[Clip], most: int) -> tuple[Tensor, Tensor] | None:
-    """First frames and labels of clips, at most so many; None without labels."""
+def _labelled(clips: Iterable[Clip], most: int, encoder: Encoder) -> tuple[Tensor, Tensor] | None:
+    """First frames and labels of clips, at most so many, as the encoder takes them; None without labels."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for clip in clips:
         found = clip.unit_labels()
         if found is None:
             return None
-        images.append((clip.unit()[:, 0] * 255).round().to(torch.uint8).cpu())
-        labels.append(found[:, 0].cpu())
+        frames = _whole_patches(clip.unit()[:, 0], encoder)
+        images.append((frames * 255).round().to(torch.uint8).cpu())
+        labels.append(_whole_patches(found[:, 0], encoder).cpu())
         if sum(map(len, images)) >= most:
             break
     return (torch.cat(images)[:most], torch.cat(labels)[:most]) if images else None

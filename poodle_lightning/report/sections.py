@@ -17,7 +17,7 @@ from poodle_lightning.draw.flow import arrows, flow_colours, longest_of, visibil
 from poodle_lightning.draw.pairs import Warped, difference, warp_pairs
 from poodle_lightning.draw.pca import fit as fit_directions
 from poodle_lightning.draw.segmentation import class_bars, colour_labels, palette
-from poodle_lightning.report import evaluations
+from poodle_lightning.report import evaluations, patches
 from poodle_lightning.report.files import RunFiles, Skipped
 from poodle_lightning.report.material import FeatureMaps, LabelReadout, Material
 from poodle_lightning.report.page import (
@@ -64,6 +64,10 @@ def write_report(run: str | Path, material: Material | None = None, out: str | P
         *motion(shown.look),
         views(shown.look),
         subcrops(shown.look),
+        patches.crops(shown.look),
+        patches.hidden(shown.look),
+        *patches.objects(shown.look),
+        patches.attention(shown.attention),
         features(shown.features),
         readout(shown.readout),
         skipped(files.skipped()),
@@ -140,17 +144,26 @@ def _is_health(key: str, measure: str) -> bool:
 
 
 def frames(look: Look | None, held_out: bool = True) -> Section | None:
-    """The pairs as they are."""
+    """The pairs as they are, or clips of another length as rows."""
     if look is None:
         return None
+    kind, length = "Held-out" if held_out else "Training", look.frames.shape[1]
+    if length != 2:
+        body = ""
+        across = length if length > 1 else min(len(look.frames), 4)
+        shown = fit_width(look.frames.flatten(0, 1), patches.cell(across)).unflatten(0, look.frames.shape[:2])
+        for i, clip in enumerate(shown if length > 1 else shown[:, 0][None]):
+            caption = f"clip {i + 1}, {length} frames" if length > 1 else f"{len(clip)} clips of one frame"
+            body += patches.strip(list(clip), caption, across)
+        sentence = f"{kind} clips, cut at the same place in all their frames, as the method gets them."
+        return Section("Clips", sentence, body)
     cells = []
     for i, (first, second) in enumerate(look.frames):
         cells += [
             picture(first, f"pair {i + 1}, first frame"),
             picture(second, f"pair {i + 1}, second frame"),
         ]
-    kind = "Held-out pairs" if held_out else "Training pairs"
-    sentence = f"{kind} of frames, cut at the same place, as the method gets them."
+    sentence = f"{kind} pairs of frames, cut at the same place, as the method gets them."
     return Section("Frame pairs", sentence, grid(cells, 2, 2))
 
 

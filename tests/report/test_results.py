@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from poodle_lightning.draw.canvas import png
 from poodle_lightning.draw.segmentation import errors, palette
 from poodle_lightning.evaluation.base import Scores
 from poodle_lightning.report import write_report
@@ -135,3 +136,17 @@ def test_the_report_draws_probes_one_plot_per_readout(tmp_path):
 def test_a_torn_result_is_no_result(tmp_path):
     (tmp_path / "result.json").write_text('{"scores": {')
     assert read_result(tmp_path) is None
+
+
+def test_the_report_of_object_discovery_says_what_its_pictures_show(tmp_path):
+    found = Scores("object discovery", "corloc", {"corloc": 0.5, "jaccard": 0.25}, counts={"images": 2})
+    write_result(tmp_path, found, ABOUT)
+    assert "Pictures:" not in write_report(tmp_path).read_text()
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "discovery_00001_dog.png").write_bytes(png(torch.zeros(3, 4, 4)))
+    page = write_report(tmp_path).read_text()
+    assert "CorLoc" in page
+    assert "50.00 %" in page
+    assert "found (magenta)" in page
+    assert "errors (red)" not in page
+    assert page.count("discovery_00001_dog") == 2
