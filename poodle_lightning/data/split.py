@@ -85,8 +85,8 @@ class Division:
         usable, left_out = long_enough(source.entries, self.span)
         if not usable:
             raise UserError(
-                f"{name}: none of {len(source.entries)} videos lasts the"
-                f" {self.span:g} s that a clip needs: use a smaller gap, closer or fewer frames, or longer videos"
+                f"{name}: none of {len(source.entries)} videos lasts the {self.span:g} s that a clip needs: "
+                "use a smaller gap, closer or fewer frames, or longer videos"
             )
         if self.hours is not None:
             usable = of_hours(usable, self.hours, self.seed, self.span)
