@@ -12,14 +12,18 @@ import torch
 from torch import nn
 
 from poodle_lightning.methods.base import Method
+from poodle_lightning.nn.dino_head import DINOHead
 from poodle_lightning.nn.frozen import Frozen
 from poodle_lightning.nn.heads import MLP, ConvMLP
+from poodle_lightning.nn.mae_decoder import MAEDecoder
+from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import UserError
 
 Part = Literal["encoder", "decoder", "heads", "flow"]
 _log = logging.getLogger(__name__)
 # Compiled versions that PyTorch keeps per function before it goes on without compiling. All parts share the
-# function that calls a module, and each has a version per image size.
+# function that calls a module, and each has a version per image size. Blocks of a transformer share theirs,
+# unless their drop paths differ: those of a ViT-L then need 50.
 _VERSIONS = 64
 
 
@@ -27,15 +31,18 @@ class Compile(L.Callback):
     """Compiles parts of a method in place, after the first training batch.
 
     The first batch runs as it is, so that its operations can be counted; the second waits for the compiler
-    (minutes). Results are the same to rounding. Names in the state dict do not change, and
-    copies, checkpoints and exported encoders know nothing of it. Only training is compiled: evaluation modes
-    and sizes of their own would each have to wait for the compiler again. Where no compiler works, a warning
-    says why and training goes on without.
+    (minutes). Results are the same to rounding, unless ``drop_path`` of a transformer is above 0: inductor
+    draws random numbers of its own, which follow from the seed too. Names in the state dict do not change,
+    and copies, checkpoints and exported encoders know nothing of it. Only training is compiled: evaluation
+    modes and sizes of their own would each have to wait for the compiler again. Where no compiler works, a
+    warning says why and training goes on without.
 
     Args:
         parts: ``"encoder"`` and ``"decoder"`` (online and target; PooDLe's decoder takes its dense projector
-            along), ``"heads"`` (projectors and predictors), ``"flow"`` (the network of the flow estimator).
-            Parts that the method has not are passed over, unless it has none of them.
+            along; of vision transformers and MAE's decoder each block by itself, but not the last block of a
+            :meth:`ViT.look`, as at DoRA's teacher), ``"heads"`` (projectors and predictors; DINO's heads
+            where they are called as a whole), ``"flow"`` (the network of the flow estimator). Parts that the
+            method has not are passed over, unless it has none of them.
         mode: of ``torch.compile``; ``"max-autotune-no-cudagraphs"`` looks longest for fast kernels.
         dynamic: True compiles for any image size, False once for each size met.
         backend: of ``torch.compile``. ``"aot_eager"`` and ``"eager"`` need no compiler, gain nothing, and do
@@ -133,14 +140,21 @@ def modules_of(part: Part, method: L.LightningModule) -> list[nn.Module]:
     if not isinstance(method, Method):
         return []
     if part == "heads":
-        return [module for module in method.modules() if isinstance(module, ConvMLP | MLP)]
+        return [module for module in method.modules() if isinstance(module, ConvMLP | MLP | DINOHead)]
     if part == "flow":
         flow = getattr(method, "flow", None)
         frozen = flow.modules() if isinstance(flow, nn.Module) else ()
         # an estimator calls the parts of its network one by one
         return [child for net in frozen if isinstance(net, Frozen) for child in net.module.children()]
     networks = [method.online] + ([] if method.target is None else [method.target.module])
-    return [module for net in networks if (module := getattr(net, part, None)) is not None]
+    owners = [*networks, method] if part == "decoder" else networks  # MAE's decoder is not exported
+    found = [getattr(owner, part, None) for owner in owners]
+    return [called for module in found if module is not None for called in _called(module)]
+
+
+def _called(network: nn.Module) -> list[nn.Module]:
+    """What every way through a network calls: a transformer has several, which share its blocks."""
+    return list(network.blocks) if isinstance(network, ViT | MAEDecoder) else [network]
 
 
 def _while_training(method: L.LightningModule, module: nn.Module) -> Callable[..., Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.observed import observed
+from poodle_lightning.nn.patches import whole_patches
 from poodle_lightning.types import Clip
 
 _CHUNK = 8
@@ -171,7 +172,9 @@ class Health(L.Callback):
         """At most ``max_rows`` features per name, embedded a few images at a time to bound the memory."""
         found: dict[str, list[Tensor]] = {}
         with observed(method):
-            parts = clip.unit().flatten(0, 1)[: self.max_images].split(_CHUNK)
+            # the method cuts its own crops of a clip, whose size need not fit the patches of a transformer
+            images = whole_patches(clip.unit().flatten(0, 1)[: self.max_images], method.online.encoder)
+            parts = images.split(_CHUNK)
             for part in parts:
                 for name, rows in method.embed(part).items():
                     found.setdefault(name, []).append(evenly(rows, max(1, self.max_rows // len(parts))))

@@ -31,6 +31,7 @@ from poodle_lightning.evaluation.retrieval import dense_retrieval
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
+from poodle_lightning.nn.patches import whole_size
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.types import IGNORE, UserError
 
@@ -63,7 +64,8 @@ class Probes(L.Callback):
         kinds: which of the two readouts.
         train_images: images that labels are learned from; all, where there are fewer.
         test_images: other images that are scored; likewise.
-        size: height and width of the images, px; None is the size of the training crops.
+        size: height and width of the images, px; None is the size of the training crops, without what does
+            not fill a patch of a vision transformer.
         seed: of the choice of images, and of all draws of the readouts.
         retrieval: how neighbours are searched.
         readout: how the linear layer is trained.
@@ -124,7 +126,7 @@ class Probes(L.Callback):
         if any(one.name == self.name for one in others):
             raise UserError(f"Probes.name: two callbacks are called {self.name}: give them different names")
         crop = getattr(getattr(trainer, "datamodule", None), "size", None)
-        size = self.size or crop or _SIZE
+        size = self.size or whole_size(crop or _SIZE, self._encoder(pl_module))
         on_first(trainer, lambda: self._fetch(size))
 
     def _fetch(self, size: Size) -> None:

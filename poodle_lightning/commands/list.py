@@ -30,6 +30,7 @@ class Found:
         bases: names of its bases.
         summary: first line of its docstring.
         about: first line of its file's docstring, which for a method names the paper.
+        functions: names of those that it writes itself.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Found:
     bases: tuple[str, ...]
     summary: str
     about: str
+    functions: frozenset[str]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, build: Build) -> int:
     """Prints the lists."""
     makers = {
-        "methods": lambda: _classes("methods", "Method"),
+        "methods": lambda: _classes("methods", "Method", writes="losses"),
         "configs": _configs,
         "encoders": lambda: _classes("nn", "Encoder"),
         "flow": lambda: _classes("flow", "FlowEstimator", "Configured"),
@@ -57,15 +59,28 @@ def run(args: argparse.Namespace, build: Build) -> int:
     return 0
 
 
-def subclasses(folder: Path, *roots: str) -> list[Found]:
-    """Public classes in the files of a folder that descend from one of ``roots``, by name."""
+def subclasses(folder: Path, *roots: str, writes: str | None = None) -> list[Found]:
+    """Public classes in the files of a folder that descend from one of ``roots``, by name.
+
+    Args:
+        folder: its files are read, none is imported.
+        roots: names of the classes at the top, which are left out.
+        writes: only classes that have this function from themselves or from a class between them and the
+            root: the others are bases that do nothing alone.
+    """
     found = {one.name: one for path in sorted(folder.glob("*.py")) for one in _read(path)}
 
     def descends(name: str) -> bool:
         return name in roots or (name in found and any(map(descends, found[name].bases)))
 
+    def has(name: str) -> bool:
+        if name in roots or name not in found:
+            return False
+        return writes in found[name].functions or any(map(has, found[name].bases))
+
     chosen = [one for one in found.values() if one.name not in roots and any(map(descends, one.bases))]
-    return sorted((one for one in chosen if not one.name.startswith("_")), key=lambda one: one.name)
+    chosen = [one for one in chosen if not one.name.startswith("_") and (writes is None or has(one.name))]
+    return sorted(chosen, key=lambda one: one.name)
 
 
 def _read(path: Path) -> list[Found]:
@@ -76,7 +91,9 @@ def _read(path: Path) -> list[Found]:
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
             bases = tuple(ast.unparse(base).rsplit(".", 1)[-1] for base in node.bases)
-            found.append(Found(node.name, f"{module}.{node.name}", bases, _first_line(node), about))
+            functions = frozenset(part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            summary = _first_line(node)
+            found.append(Found(node.name, f"{module}.{node.name}", bases, summary, about, functions))
     return found
 
 
@@ -88,8 +105,8 @@ def _inside(path: Path) -> bool:
     return _PACKAGE in path.resolve().parents
 
 
-def _classes(room: str, *roots: str) -> list[tuple[str, str]]:
-    found = subclasses(_PACKAGE / room, *roots)
+def _classes(room: str, *roots: str, writes: str | None = None) -> list[tuple[str, str]]:
+    found = subclasses(_PACKAGE / room, *roots, writes=writes)
     return [(one.name, one.about if room == "methods" else one.summary) for one in found]
 
 

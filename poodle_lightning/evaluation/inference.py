@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from poodle_lightning.configured import Configured
-from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
 from poodle_lightning.types import UserError
 
 Network = Callable[[Tensor], Tensor]
@@ -86,16 +85,6 @@ def _spans(length: int, crop: int, stride: int) -> list[slice]:
     count = max(length - crop + stride - 1, 0) // stride + 1
     ends = [min(i * stride + crop, length) for i in range(count)]
     return [slice(max(end - crop, 0), end) for end in ends]
-
-
-def multiple_of(encoder: Encoder) -> tuple[int, int]:
-    """Height and width of images must be multiples of these two: a ViT's patch, else 1."""
-    if isinstance(encoder, DecodedEncoder):
-        return multiple_of(encoder.encoder)
-    inside = getattr(getattr(encoder, "model", None), "patch_embed", None)  # of a TimmEncoder
-    patch: int | Sequence[int] = getattr(encoder, "patch", getattr(inside, "patch_size", 1))
-    height, width = patch if isinstance(patch, Sequence) else (patch, patch)
-    return int(height), int(width)
 
 
 def padded(images: Tensor, multiple: tuple[int, int], colour: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from poodle_lightning.data.image_classes import ImageClassDataModule
 from poodle_lightning.evaluation.base import Evaluation
-from poodle_lightning.evaluation.inference import multiple_of, padded
+from poodle_lightning.evaluation.inference import padded
 from poodle_lightning.nn.encoder import Encoder
+from poodle_lightning.nn.patches import multiple_of
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.knn import BUDGET, nearest
 from poodle_lightning.ops.random import key_of, uniform

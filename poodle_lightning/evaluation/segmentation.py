@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 from poodle_lightning.configured import build, spec, untrained
 from poodle_lightning.evaluation.base import Evaluation, Scores
-from poodle_lightning.evaluation.inference import Inference, WholeImage, multiple_of, padded
+from poodle_lightning.evaluation.inference import Inference, WholeImage, padded
 from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.evaluation.worst import WorstImages
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.head_optim import HeadRecipe, build_head_optimizer
 from poodle_lightning.nn.optim import Schedule
+from poodle_lightning.nn.patches import multiple_of
 from poodle_lightning.nn.seg_heads import LinearHead, SegHead, resize
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import IGNORE, ClassSet, Features, LabelledBatch, UserError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn import functional
 from poodle_lightning.nn.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder
 from poodle_lightning.nn.mae_decoder import sincos_positions
 from poodle_lightning.nn.weights import load_state, read_state
+from poodle_lightning.ops.dense import full_float32
+from poodle_lightning.ops.geometry import island
 from poodle_lightning.types import Features, UserError
 
 # Everything of a vision transformer but its head; a part that this class lacks (register tokens, another
@@ -32,6 +35,10 @@ class ViT(Encoder):
     last block are behind the final LayerNorm as well, and so is the vector. Without a class token the vector
     is the mean of the last map. Images of any size that is a multiple of the patch are taken: the position
     embeddings are interpolated. The state dict has the names of timm's ``VisionTransformer`` without a head.
+
+    Without ``weights`` it starts as in DINO, iBOT and DoRA: linear layers, learned positions and [CLS] normal
+    with deviation 0.02, biases 0 (facebookresearch/dino ``vision_transformer.py``, ``trunc_normal_``). Timm
+    differs by [CLS], with deviation 1e-6.
 
     Called, it uses fused attention in all blocks; :meth:`look` also returns the last block's attention,
     queries and keys, :meth:`tokens` works on some of the patches.
@@ -113,6 +120,8 @@ class ViT(Encoder):
             dynamic_img_size=True,
         )
         self.cls_token = core.cls_token
+        if self.cls_token is not None and weights is None:
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
         if positions == "learned":
             self.pos_embed = core.pos_embed
         else:
@@ -333,6 +342,8 @@ def _attend(
 def _attention(queries: Tensor, keys: Tensor) -> Tensor:
     """Softmax of the scaled products, ``(B, heads, rows, N)`` in float32 at least."""
     exact = torch.promote_types(queries.dtype, torch.float32)
-    with torch.autocast(queries.device.type, enabled=False):
+    # the compiler can neither read nor change what full_float32 does
+    products = nullcontext() if torch.compiler.is_compiling() else full_float32()
+    with island(queries.device.type), products:
         scores = (queries.to(exact) * queries.shape[-1] ** -0.5) @ keys.to(exact).transpose(-2, -1)
         return scores.softmax(dim=-1)

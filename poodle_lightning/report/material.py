@@ -24,6 +24,7 @@ from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.observed import observed
+from poodle_lightning.nn.patches import whole_patches
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import ClassSet, Clip, Look
 
@@ -138,7 +139,7 @@ def gather(
     encoder = method.backbone()
     random = same_architecture_random(encoder)
     # one frame per clip: its frames look nearly the same
-    images = _whole_patches(whole.frames[:, 0], encoder)
+    images = whole_patches(whole.frames[:, 0], encoder)
     stored = (images * 255).round().to(torch.uint8)
     maps = []
     for net in (encoder, random):
@@ -185,13 +186,6 @@ def first_pairs(look: Look, pairs: int) -> Look:
     return Look(**parts, views=look.views)
 
 
-def _whole_patches(images: Tensor, encoder: Encoder) -> Tensor:
-    """Images or labels ``(..., H, W)`` without the rows and columns that do not fill a patch of a ViT."""
-    patch = encoder.patch if isinstance(encoder, ViT) else 1
-    height, width = (side // patch * patch for side in images.shape[-2:])
-    return images[..., :height, :width]
-
-
 def _attention(encoder: Encoder, random: Encoder, images: Tensor) -> AttentionMaps | None:
     """Attention of [CLS] to the patches in both networks, where there is a [CLS]."""
     found = []
@@ -229,9 +223,9 @@ def _labelled(clips: Iterable[Clip], most: int, encoder: Encoder) -> tuple[Tenso
         found = clip.unit_labels()
         if found is None:
             return None
-        frames = _whole_patches(clip.unit()[:, 0], encoder)
+        frames = whole_patches(clip.unit()[:, 0], encoder)
         images.append((frames * 255).round().to(torch.uint8).cpu())
-        labels.append(_whole_patches(found[:, 0], encoder).cpu())
+        labels.append(whole_patches(found[:, 0], encoder).cpu())
         if sum(map(len, images)) >= most:
             break
     return (torch.cat(images)[:most], torch.cat(labels)[:most]) if images else None

@@ -52,13 +52,13 @@ def byol():
 
 
 class Watch(L.Callback):
-    """The loss of every step, and whether the encoder was compiled in it."""
+    """The loss of every step, and whether something was compiled in it."""
 
     def __init__(self):
         self.losses, self.compiled = [], []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.compiled.append(module.online.encoder._compiled_call_impl is not None)
+        self.compiled.append(any(part._compiled_call_impl is not None for part in module.modules()))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(float(outputs["loss"]))
@@ -107,6 +107,63 @@ def test_losses_and_names_are_those_of_plain_training(make, backend, parts):
     assert all(module._compiled_call_impl is None for module in compiled.modules())
     assert callback.compiled == []
     assert torch._dynamo.config.recompile_limit == limit
+
+
+class Counted(L.Callback):
+    """How often each compiled module is called as such; behind Compile in the list of callbacks."""
+
+    def __init__(self):
+        self.calls = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        for name, part in module.named_modules():
+            if part._compiled_call_impl is not None and name not in self.calls:
+                self.calls[name] = 0
+                part._compiled_call_impl = self.counting(name, part._compiled_call_impl)
+
+    def counting(self, name, call):
+        def counted(*args, **kwargs):
+            self.calls[name] += 1
+            return call(*args, **kwargs)
+
+        return counted
+
+
+def family(name):
+    torch.manual_seed(0)
+    data = ["--data=VideoDataModule", "--data.source=synthetic"]
+    return cli.build([], [f"--model=method/{name}.yaml", *data])[0]
+
+
+STUDENT = {"online.encoder.blocks.0", "online.encoder.blocks.1"}
+TEACHER = {"target.module.encoder.blocks.0", "target.module.encoder.blocks.1"}
+HEADS = {"online.head", "target.module.head"}
+LAST = "target.module.encoder.blocks.1"
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "compiled", "idle", "versions"),
+    [
+        # versions of a block: two sizes of crops with gradients, one without; of a head: with and without
+        ("dino_tiny", "eager", STUDENT | TEACHER | HEADS, set(), 3 + 2),
+        # the last block whose attention is looked at is computed by hand
+        ("dora_tiny", "aot_eager", STUDENT | TEACHER | HEADS, {LAST}, 3 + 2),
+        # one version in the encoder, one in the decoder
+        ("mae_tiny", "aot_eager", STUDENT | {"decoder.blocks.0"}, set(), 2),
+    ],
+)
+def test_every_way_through_a_transformer_is_compiled(name, backend, compiled, idle, versions):
+    expected, _ = fit(family(name))
+    assert counters["frames"]["ok"] == 0
+    callback, counted = Compile(["encoder", "decoder", "heads"], backend=backend), Counted()
+    found, _ = fit(family(name), callback, counted, steps=3)
+    assert found.compiled == [False, True, True]
+    assert counted.calls.keys() == compiled
+    assert {part for part, calls in counted.calls.items() if calls == 0} == idle
+    assert counters["frames"]["ok"] == 1 + versions  # the trial's
+    assert counters["frames"]["total"] == counters["frames"]["ok"]
+    assert not counters["graph_break"]
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 class Copies(L.Callback):

@@ -8,16 +8,21 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from tiny_models import make_clip, tiny_crops, tiny_head, tiny_recipe, tiny_vit
 from torch.utils.data import DataLoader
 
+from poodle_lightning import MAE, DoRA, cli
+from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.callbacks.health import Health, evenly, vitals
 from poodle_lightning.methods.base import Method
+from poodle_lightning.methods.mae import DecoderSizes
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
+from poodle_lightning.nn.vit import ViT
 from poodle_lightning.ops.geometry import Affine
-from poodle_lightning.types import Clip
+from poodle_lightning.types import Clip, UserError
 
 SIZE = (16, 32)
 
@@ -64,6 +69,7 @@ class Told(Method):
 
     def __init__(self, rows):
         super().__init__()
+        self.online = Online(ResNet(depth=10, width=8))
         self.rows = rows
 
     def embed(self, images):
@@ -196,6 +202,65 @@ def test_memory_is_bounded_by_images_and_rows(most):
     assert method.seen == 6
     assert rows["a"].shape == (most, 3 * SIZE[0] * SIZE[1])
     assert list(rows) == ["a"]
+
+
+def transformer(name):
+    """Crops of whole patches, cut out of clips of another size."""
+    torch.manual_seed(0)
+    if name == "MAE":
+        encoder, crop = tiny_vit(positions="sincos"), ResizedCrop((32, 32))
+        return MAE(encoder, crop, decoder=DecoderSizes(16, 1, 2), recipe=tiny_recipe())
+    return DoRA(tiny_vit(), tiny_head(), tiny_crops(views=1), objects=2, recipe=tiny_recipe())
+
+
+@pytest.mark.parametrize("name", ["MAE", "DoRA"])
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_clips_need_not_have_whole_patches(name, verb):
+    """As DoRA's do: 300 pixels, with crops of 224 and patches of 16."""
+    method, clips = transformer(name), [make_clip(size=(52, 60), seed=seed) for seed in range(2)]
+    assert clips[0].unit().shape[-2:] == (52, 60)
+    loader = DataLoader(clips, batch_size=None, collate_fn=lambda clip: clip)
+    trainer = L.Trainer(
+        max_steps=2,
+        callbacks=[Health(every_n_steps=1)],
+        logger=False,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    getattr(trainer, verb)(method, loader)
+    assert 0 < float(trainer.callback_metrics["health/encoder/std"]) < 10
+
+
+def test_the_verb_validate_takes_them_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data=VideoDataModule", "--data.source=synthetic", "--data.size=[52, 52]"]
+    few = ["--data.batch_size=2", "--data.num_workers=0", "--trainer.limit_val_batches=1"]
+    words = ["--model=method/dora_tiny.yaml", "--trainer.accelerator=cpu", *data, *few]
+    assert cli.main(["validate", *words]) == 0
+    [file] = tmp_path.glob("runs/dora_tiny/*/metrics.csv")
+    header, row = (line.split(",") for line in file.read_text().splitlines())
+    assert float(row[header.index("health/encoder/std")]) > 0
+
+
+def test_what_a_transformer_is_shown_is_the_clip_without_its_last_rows_and_columns():
+    seen = []
+
+    class Shown(Told):
+        def embed(self, images):
+            seen.append(images)
+            return {"told": images.flatten(1)}
+
+    method, clip = Shown(None), make_clip(size=(52, 60))
+    Health().look(method, clip, 1)
+    method.online = Online(tiny_vit())
+    Health().look(method, clip, 1)
+    assert torch.equal(seen[0], clip.unit().flatten(0, 1))
+    assert torch.equal(seen[1], clip.unit().flatten(0, 1)[..., :48, :56])
+    method.online = Online(ViT(patch=64, dim=24, depth=1, heads=3, image_size=(64, 64)))
+    with pytest.raises(UserError, match="patches of 64x64 pixels cannot take 52x60"):
+        Health().look(method, clip, 1)
 
 
 def test_nonsense_is_refused():

@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 from probed import method, run, small, streets
+from tiny_models import tiny_encoder, tiny_vit
 
 from poodle_lightning import cli
 from poodle_lightning.callbacks.probes import Probes, on_first
@@ -26,6 +27,7 @@ from poodle_lightning.evaluation.linear_readout import linear_readout
 from poodle_lightning.evaluation.memory import RetrievalRecipe
 from poodle_lightning.evaluation.retrieval import dense_retrieval
 from poodle_lightning.methods.base import Method
+from poodle_lightning.nn.online import Online
 from poodle_lightning.types import UserError
 
 HERE = Path(__file__).parents[1]
@@ -115,18 +117,25 @@ def test_the_best_survives_a_restart():
     assert second.best == {"knn_miou": 0.5}
 
 
-def test_the_images_are_as_large_as_the_training_crops(tmp_path):
+@pytest.mark.parametrize(
+    ("encoder", "size"),
+    [(tiny_encoder, (28, 44)), (tiny_vit, (24, 40))],  # a transformer's patches have 8 pixels
+)
+def test_the_images_are_as_large_as_the_training_crops(encoder, size):
     probes = Probes(streets(), kinds=["linear"])
     trainer = SimpleNamespace(
         is_global_zero=True,
         strategy=SimpleNamespace(broadcast=lambda said: said),
-        datamodule=SimpleNamespace(size=(24, 40)),
+        datamodule=SimpleNamespace(size=(28, 44)),
         callbacks=[probes],
     )
-    probes.setup(trainer, method(), "fit")
+    module = method()
+    module.online = Online(encoder())
+    probes.setup(trainer, module, "fit")
     (images, labels), (others, _) = probes._sample
-    assert (images.shape, labels.shape) == ((4, 3, 24, 40), (4, 24, 40))  # all that there are
+    assert (images.shape, labels.shape) == ((4, 3, *size), (4, *size))  # all that there are
     assert len(others) == 3
+    probes._try(module.backbone())
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(5.0, []), (15.0, ["every_n_steps"])])

@@ -7,6 +7,7 @@ from poodle_lightning.commands.list import subclasses
 def test_what_is_listed_is_what_there_is(capsys):
     from poodle_lightning.methods.base import Method
     from poodle_lightning.methods.byol import BYOL
+    from poodle_lightning.methods.distillation import SelfDistillation
     from poodle_lightning.methods.flowe import FlowE
     from poodle_lightning.methods.poodle import PooDLe
     from poodle_lightning.nn.resnet import ResNet
@@ -14,7 +15,8 @@ def test_what_is_listed_is_what_there_is(capsys):
     assert cli.main(["list", "methods"]) == 0
     listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]}
     assert listed >= {cls.__name__ for cls in (PooDLe, FlowE, BYOL)}
-    assert Method.__name__ not in listed
+    assert listed >= {"DINO", "IBOT", "AttMask", "DoRA", "MAE"}
+    assert listed.isdisjoint({Method.__name__, SelfDistillation.__name__})  # bases, with no loss
     assert cli.main(["list", "encoders"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     assert rows["ResNet"] == inspect.getdoc(ResNet).splitlines()[0].rstrip(".").replace("``", "")
@@ -40,3 +42,12 @@ def test_classes_are_found_through_their_bases_without_importing(tmp_path):
         ("A", "First", "File"),
         ("C", "", "File"),
     ]
+
+
+def test_a_base_without_the_function_is_left_out(tmp_path):
+    """One may write it itself, or descend from one that does; the root's own does not count."""
+    bodies = {"Root": "step", "Base(Root)": "other", "A(Base)": "step", "B(A)": "other", "C(Base)": "other"}
+    text = "".join(f"class {name}:\n    def {body}(self): ...\n" for name, body in bodies.items())
+    (tmp_path / "one.py").write_text(text)
+    assert [one.name for one in subclasses(tmp_path, "Root", writes="step")] == ["A", "B"]
+    assert [one.name for one in subclasses(tmp_path, "Root")] == ["A", "B", "Base", "C"]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from poodle_lightning.evaluation.inference import Sliding, WholeImage, multiple_of, padded
+from poodle_lightning.evaluation.inference import Sliding, WholeImage, padded
 from poodle_lightning.nn.encoder import DecodedEncoder
+from poodle_lightning.nn.patches import multiple_of
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM
 from poodle_lightning.nn.timm_encoder import TimmEncoder

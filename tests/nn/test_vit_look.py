@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from vit_twins import SIZES, pair, split, timms_last_block
 
 from poodle_lightning.nn.vit import ViT
@@ -151,6 +152,33 @@ def test_rows_sum_to_one_under_autocast():
             plain, found = ours(images), ours.look(images)
     torch.testing.assert_close(found.attention, exact, rtol=0.2, atol=5e-3)
     torch.testing.assert_close(found.vector, plain.vector, rtol=0.05, atol=0.05)
+
+
+class Told(TorchDispatchMode):
+    """What cuBLAS is told about float32 at every product of two batches of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "bmm":
+            self.told.append(torch.backends.cuda.matmul.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("heads", [None, 16])
+def test_scores_are_float32_where_the_network_may_use_tf32(heads):
+    ours, _ = pair()
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with torch.no_grad(), Told() as products:
+            ours.look(torch.rand(1, 3, 32, 48), heads, rows=1)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert products.told == ["ieee"]  # all other attention is fused
 
 
 def gradients(network, loss):
