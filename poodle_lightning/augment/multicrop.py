@@ -19,7 +19,7 @@ from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.configured import Configured, spec
 from poodle_lightning.ops.geometry import Affine, pull_boxes
 from poodle_lightning.ops.random import fold
-from poodle_lightning.types import Clip
+from poodle_lightning.types import Clip, UserError
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Crops:
         large: ``(V, N, 3, h, w)`` in [0, 1], float32, contiguous.
         small: ``(L, N, 3, h', w')`` likewise; None: there are none.
         large_to_clean: V·N rows (row ``v·N + n`` is crop v of image n), from a point of the crop to the point
-            of the training crop shown there; on the crops' device.
-        small_to_clean: the same L·N rows of the small ones.
+            of the training crop shown there; on the host, whatever the crops' device.
+        small_to_clean: the same L·N rows of the small ones, on the host too.
     """
 
     large: Tensor
@@ -86,6 +86,23 @@ class MultiCrop(Configured):
         self.local_colour = local_colour or _dino(blur=0.5)
         self.clip_wide = clip_wide
 
+    def check_patch(self, patch: int) -> None:
+        """Checks that a vision transformer can take the crops.
+
+        Args:
+            patch: side of its patches in pixels.
+
+        Raises:
+            UserError: a side is no multiple of the patch.
+        """
+        sizes = {"large": self.large.size} | ({"small": self.small.size} if self.locals else {})
+        for name, size in sizes.items():
+            if any(side % patch for side in size):
+                raise UserError(
+                    f"crops.{name}.size={list(size)} does not divide into the encoder's patches of {patch} "
+                    f"pixels: choose multiples of {patch}, or another encoder.patch"
+                )
+
     @torch.no_grad()
     def __call__(self, clip: Clip) -> Crops:
         """All crops of all frames: one sampling per resolution, one pass of colour per recipe."""
@@ -104,6 +121,18 @@ class MultiCrop(Configured):
         return Crops(large, small, to_clean, small_to_clean)
 
 
+def crop_keys(clip: Clip, name: str, count: int) -> Tensor:
+    """Keys of ``count`` crops of every frame, in the crops' order ``(count, B, T)``, on the host."""
+    frames = range(clip.times.shape[1])
+    keys = [torch.stack([fold(clip.key, name, crop, t) for t in frames], dim=1) for crop in range(count)]
+    return torch.stack(keys)
+
+
+def first_frames(views: Tensor, count: int) -> Tensor:
+    """Of views ``(V, B·T, …)`` of clips of ``count`` frames those of the first frames, ``(B, V, …)``."""
+    return views[:, ::count].transpose(0, 1)
+
+
 def _dino(blur: float, solarize: float = 0.0) -> Colour:
     """What DINO's recipes share (facebookresearch/dino ``main_dino.py``, ``DataAugmentationDINO``)."""
     return Colour(0.4, 0.4, 0.2, 0.1, 0.8, 0.2, blur, (0.1, 2.0), solarize)
@@ -115,12 +144,12 @@ def _numbered(keys: Tensor, name: str, count: int) -> Tensor:
 
 
 def _cut(images: Tensor, crop: ResizedCrop, keys: Tensor, aspect: Tensor | None) -> tuple[Tensor, Affine]:
-    """Crops ``(K, N, 3, h, w)`` of ``images (N, 3, H, W)`` and their K·N maps, from keys ``(K, N)``."""
+    """Crops ``(K, N, 3, h, w)`` of ``images (N, 3, H, W)`` and their K·N maps, the latter on the host."""
     number = len(keys)
     shape = None if aspect is None else aspect.repeat(number)
-    to_clean = crop.draw(keys.flatten(), (images.shape[-2], images.shape[-1]), shape).to(images.device)
+    to_clean = crop.draw(keys.flatten(), (images.shape[-2], images.shape[-1]), shape)
     matrices = to_clean.matrix.unflatten(0, (number, -1)).transpose(0, 1)
-    pixels, _ = pull_boxes(images, Affine(matrices.flatten(0, 1)), crop.size)
+    pixels, _ = pull_boxes(images, Affine(matrices.flatten(0, 1)).to(images.device), crop.size)
     return pixels.unflatten(0, (len(images), number)).transpose(0, 1), to_clean
 
 

@@ -107,7 +107,12 @@ def _inside(path: Path) -> bool:
 
 def _classes(room: str, *roots: str, writes: str | None = None) -> list[tuple[str, str]]:
     found = subclasses(_PACKAGE / room, *roots, writes=writes)
-    return [(one.name, one.about if room == "methods" else one.summary) for one in found]
+    return [(one.name, one.about if room == "methods" and not _named(one) else one.summary) for one in found]
+
+
+def _named(one: Found) -> bool:
+    """Whether a class names its own paper: one file holds a method and its variant."""
+    return one.summary.startswith(f"{one.name}: ")
 
 
 def _configs() -> list[tuple[str, str]]:

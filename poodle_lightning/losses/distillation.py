@@ -93,4 +93,4 @@ def teacher_probabilities(logits: Tensor, centre: Tensor, temperature: float) ->
         The same shape, float32 (float64 stays float64).
     """
     with island(logits.device.type):
-        return ((_exact(logits) - centre) / temperature).softmax(dim=-1)
+        return (logits - _exact(centre)).div_(temperature).softmax(dim=-1)

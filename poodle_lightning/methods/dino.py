@@ -18,7 +18,8 @@ H(a, b) = −a log b     ``view_losses``, the mean over images of all pairs of v
 Deviations: none in the loss. The centre and the teacher move once per optimiser step, also where batches are
 accumulated. Crops are plain bilinear (the original resizes bicubically), of the training crop that the data
 brings. ``MultiCrop(clip_wide=True)`` gives the large crops of a clip's frames one geometry, which a loss on
-single frames does not see.
+single frames does not see. Stochastic depth follows from a batch's first key, so not where it is split
+otherwise.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ C, m                   ``self.centre``, ``centre_momentum``
 =====================  ==============================================================
 
 The N = B·T frames of a batch are images. A method says in ``losses`` who sees which view.
+
+Deviation: stochastic depth is drawn for a batch, from its first key: the same after a restart, but not where
+the batch is split otherwise, over devices or accumulated ones. All other draws are each clip's own.
 """
 
 from __future__ import annotations
@@ -20,13 +23,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import torch
 from timm.layers import DropPath
 from torch import Tensor
 from torch.optim import Optimizer
 
-from poodle_lightning.augment.multicrop import Crops, MultiCrop
+from poodle_lightning.augment.multicrop import Crops, MultiCrop, first_frames
 from poodle_lightning.losses.distillation import teacher_probabilities
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.centering import Centre
@@ -38,6 +42,12 @@ from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import Clip, Look, UserError
+
+RECIPE = Recipe(
+    lr=5e-4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, clip_each=3.0, eps=1e-8,
+    warmup_epochs=10.0, warmup_closed=True, horizon_epochs=100.0, scale_lr="linear", reference_batch=256,
+)  # fmt: skip
+"""DINO's for ViT-S/16 and 100 epochs (README of facebookresearch/dino); the others start from it."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +104,14 @@ class SelfDistillation(Method):
         teacher_warmup_epochs: over which it rises linearly.
         centre_momentum: m of the centre. (DINO: 0.9)
         freeze_last_epochs: the last layer does not move during so many epochs. (DINO: 1)
-        recipe: optimiser and schedules.
+        recipe: optimiser and schedules; None: the paper's, ``published``.
 
     Raises:
         UserError: a crop's side is no multiple of the encoder's patch.
     """
 
+    published: ClassVar[Recipe] = RECIPE
+    masks_patches: ClassVar[bool] = False
     online: StudentNet
     target: EMA[StudentNet]
 
@@ -115,11 +127,14 @@ class SelfDistillation(Method):
         freeze_last_epochs: int = 1,
         recipe: Recipe | None = None,
     ) -> None:
-        super().__init__(recipe)
+        super().__init__(recipe or self.published)
         encoder = encoder or ViT(drop_path=0.1, pos_interp="dino")
         sizes = head or HeadSizes()
         self.crops = crops or MultiCrop()
-        fit_patches(encoder, self.crops)
+        if isinstance(encoder, ViT):
+            self.crops.check_patch(encoder.patch)
+            if encoder.mask_token is not None:  # unused, it would make DDP wait for its gradient
+                encoder.mask_token.requires_grad_(self.masks_patches)
         self.online = StudentNet(encoder, DINOHead(encoder.vector_dim, **asdict(sizes)))
         self.start_teacher()
         self.centre = Centre(sizes.out, centre_momentum)
@@ -207,42 +222,29 @@ def other_views(losses: Tensor) -> Tensor:
     return losses.triu(1).sum() / pairs + losses.tril(-1).sum() / pairs
 
 
-def crop_keys(clip: Clip, name: str, count: int) -> Tensor:
-    """Keys of ``count`` crops of every frame, in the crops' order ``(count, B, T)``, on the host."""
-    frames = range(clip.times.shape[1])
-    keys = [torch.stack([fold(clip.key, name, crop, t) for t in frames], dim=1) for crop in range(count)]
-    return torch.stack(keys)
-
-
-def first_frames(views: Tensor, count: int) -> Tensor:
-    """Of views ``(V, B·T, …)`` of clips of ``count`` frames those of the first frames, ``(B, V, …)``."""
-    return views[:, ::count].transpose(0, 1)
-
-
 def warmed_up(epoch: int, ends: tuple[float, float], epochs: int) -> float:
     """``np.linspace(*ends, epochs)[epoch]``, then the second end: the temperature schedule of DINO's code."""
     start, end = ends
     return end if epoch >= epochs else start + (end - start) * epoch / max(epochs - 1, 1)
 
 
-def fit_patches(encoder: Encoder, crops: MultiCrop) -> None:
-    """Checks that a vision transformer can take the crops.
-
-    Raises:
-        UserError: a side is no multiple of the patch.
-    """
-    sizes = {"large": crops.large.size} | ({"small": crops.small.size} if crops.locals else {})
-    for name, size in sizes.items():
-        if isinstance(encoder, ViT) and any(side % encoder.patch for side in size):
-            raise UserError(
-                f"crops.{name}.size={list(size)} does not divide into the encoder's patches of "
-                f"{encoder.patch} pixels: choose multiples of {encoder.patch}, or another encoder.patch"
-            )
-
-
 @contextmanager
 def drawn_from(key: Tensor, device: torch.device) -> Iterator[None]:
-    """What torch's own generators draw inside follows from a key ``(1,)``; outside nothing changes."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
-        torch.manual_seed(int(key))
+    """What torch draws inside, on the host and on a device, follows from a key ``(1,)``.
+
+    Both generators go on as if nothing had been drawn, and no other is touched. States lie on the host, those
+    of a device's generator too: nothing is read back.
+    """
+    generators = [torch.default_generator]
+    if device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    elif device.type != "cpu":
+        generators.append(torch.get_device_module(device).default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(int(key))
         yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -28,9 +28,9 @@ trained (also its crops and colours, without solarisation). The paper's variant 
 * Z̃ is not brought to length 1 in Eq. 4 and 5: ``patches="raw"``;
 * losses are summed over masks, crops and views: ``reduce="sum"``, both weights 1. (LARS is in ``recipe``.)
 
-From the code depart: all local crops count (there the first is left out); all masks weigh the same (there a
-sum over frames goes on into the next mask, so that earlier ones weigh more); the threshold of hard masks is
-the mean over all devices; centre and teacher move once per optimiser step.
+From the code depart: all local crops count (there not the first); all masks weigh the same (there a sum over
+frames goes on into the next mask: earlier ones weigh more); the threshold of hard masks is the mean over all
+devices; centre and teacher move once per optimiser step; stochastic depth is a batch's, by its first key.
 
 Without tracking (``tracking=False``, and in clips of one frame) it is DoRA* of appendix D: every image has
 its own objects. ``masks="random"`` hides blocks as iBOT does (Table 2c); Sinkhorn has no say then.
@@ -45,13 +45,13 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.augment.geometric import ResizedCrop
-from poodle_lightning.augment.multicrop import Crops, MultiCrop
+from poodle_lightning.augment.multicrop import Crops, MultiCrop, crop_keys
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.distillation import view_losses
-from poodle_lightning.methods.distillation import HeadSizes, SelfDistillation, crop_keys
+from poodle_lightning.methods.distillation import RECIPE, HeadSizes, SelfDistillation
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.vit import ViT
-from poodle_lightning.ops.masking import block_masks, mask_ratios
+from poodle_lightning.ops.masking import block_masks, mask_ratios, ratios_fit
 from poodle_lightning.ops.objects import enlarge, hard_masks, prototypes, refine, soft_masks, track
 from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import Clip, Features, Look, Losses, Objects, UserError
@@ -83,8 +83,10 @@ class DoRA(SelfDistillation):
 
     Raises:
         UserError: the encoder is no vision transformer or has fewer heads than objects, a crop's side is no
-            multiple of its patch, or crops do not have as many views as the method.
+            multiple of its patch, crops do not have as many views as the method, or a number is out of range.
     """
+
+    published = replace(RECIPE, min_lr=1e-5)
 
     def __init__(
         self,
@@ -112,7 +114,11 @@ class DoRA(SelfDistillation):
         if self.crops.views != views or views > 2:
             raise UserError(f"DoRA has views={views} and crops.views={self.crops.views}: set both to 1 or 2")
         self.sinkhorn, self.epsilon, self.iterations = sinkhorn, epsilon, iterations
-        self.masks, self.soft_scale, self.block_ratio = masks, soft_scale, block_ratio
+        self.masks, self.soft_scale, self.block_ratio = masks, soft_scale, [(one,) for one in block_ratio]
+        if not ratios_fit(*self.block_ratio):
+            raise UserError(f"DoRA: block_ratio={list(block_ratio)}: choose a share ± spread inside 0 to 1")
+        if iterations < 1 or epsilon <= 0:
+            raise UserError(f"DoRA: set iterations={iterations} to at least 1, epsilon={epsilon} above 0")
         self.mass, self.patches, self.tracking = mass, patches, tracking
         self.object_weight, self.local_weight = object_weight, local_weight
         self.reduced = torch.mean if reduce == "mean" else torch.sum  # over masks, crops and pairs of views
@@ -154,10 +160,7 @@ class DoRA(SelfDistillation):
 
     @torch.no_grad()
     def discover(self, seen: Features, frames: int, sinkhorn: bool) -> Tensor:
-        """Eq. 2–6: objects of each clip's first frame in all its frames, ``(V·B, T, k, n)``.
-
-        Without tracking every frame is a clip of its own, ``(V·B·T, 1, k, n)``.
-        """
+        """Eq. 2–6: a clip's objects in its frames ``(V·B, T, k, n)``; not tracking, ``(V·B·T, 1, k, n)``."""
         frames = frames if self.tracking else 1
         assert seen.attention is not None
         chosen = self.chosen().to(seen.last.device, non_blocking=True)
@@ -175,8 +178,7 @@ class DoRA(SelfDistillation):
         grid = seen.last.shape[-2:]
         if self.masks == "random":
             keys = crop_keys(clip, "mask", self.objects * self.crops.views).flatten()
-            ratio, spread = self.block_ratio
-            hidden = block_masks(keys, mask_ratios(keys, (ratio,), (spread,)), (grid[0], grid[1]))
+            hidden = block_masks(keys, mask_ratios(keys, *self.block_ratio), (grid[0], grid[1]))
             return (~hidden).unflatten(0, (self.objects, -1))[:, :, None].to(clip.device, non_blocking=True)
         tracks = self.discover(seen, clip.times.shape[1], self.sinkhorn)
         masks = hard_masks(tracks) if self.masks == "hard" else soft_masks(tracks, self.soft_scale)
@@ -242,9 +244,7 @@ def _side_by_side(heads: Tensor | None) -> Tensor:
 
 def _crops(views: int) -> MultiCrop:
     """The code's crops (shashankvkt/DoRA_ICLR24 ``main.py``, ``DataAugmentationDINO``)."""
-    large, small = (Colour(0.4, 0.4, 0.2, 0.1, blur=blur) for blur in (0.1, 0.5))
-    return MultiCrop(
-        ResizedCrop((224, 224), (0.4, 1.0), fit="redraw"),
-        ResizedCrop((112, 112), (0.05, 0.4), flip=0.0, fit="redraw"),
-        *(views, 6, (large,), small),
-    )
+    large = ResizedCrop((224, 224), (0.4, 1.0), fit="redraw")
+    small = ResizedCrop((112, 112), (0.05, 0.4), flip=0.0, fit="redraw")
+    colours = [Colour(0.4, 0.4, 0.2, 0.1, blur=blur) for blur in (0.1, 0.5)]
+    return MultiCrop(large, small, views, 6, (colours[0],), colours[1])

@@ -24,7 +24,10 @@ Deviations:
   layer is linear, so that mean is the layer's output for the mean row before it.
 * AttMask draws the share of hidden patches for every image, its code once per batch and device: a split of
   the batch then changes nothing.
-* Those of DINO: centres and teacher move once per optimiser step, crops are bilinear.
+* With ``shared_head=False`` the teacher's patches take the average of the student's own layer; in the code
+  they still take that of [CLS] (its default ``shared_head_teacher=True``).
+* Those of DINO: centres and teacher move once per optimiser step, crops are bilinear, stochastic depth
+  follows from a batch's first key.
 """
 
 from __future__ import annotations
@@ -36,28 +39,15 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.augment.geometric import ResizedCrop
-from poodle_lightning.augment.multicrop import MultiCrop
+from poodle_lightning.augment.multicrop import MultiCrop, crop_keys, first_frames
 from poodle_lightning.losses.distillation import paired_losses, teacher_probabilities, view_losses
-from poodle_lightning.methods.distillation import (
-    HeadSizes,
-    SelfDistillation,
-    crop_keys,
-    first_frames,
-    other_views,
-    warmed_up,
-)
+from poodle_lightning.methods.distillation import RECIPE, HeadSizes, SelfDistillation, other_views, warmed_up
 from poodle_lightning.nn.centering import Centre
 from poodle_lightning.nn.dino_head import NormedLinear
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.vit import ViT
+from poodle_lightning.ops import masking
 from poodle_lightning.ops.geometry import island
-from poodle_lightning.ops.masking import (
-    AttentionMode,
-    attention_masks,
-    block_masks,
-    mask_ratios,
-    masked_tokens,
-)
 from poodle_lightning.types import Clip, Features, Look, Losses, UserError
 
 
@@ -80,8 +70,12 @@ class IBOT(SelfDistillation):
         **kwargs: τ_s, centres' momentum, recipe, see :class:`SelfDistillation`.
 
     Raises:
-        UserError: the encoder has no mask token, or a crop's side is no multiple of its patch.
+        UserError: the encoder has no mask token, a crop's side is no multiple of its patch, or a ratio may
+            leave [0, 1].
     """
+
+    published = replace(RECIPE, horizon_epochs=800.0)
+    masks_patches = True
 
     def __init__(
         self,
@@ -103,15 +97,14 @@ class IBOT(SelfDistillation):
         if not isinstance(encoder, ViT) or encoder.mask_token is None:
             name = type(encoder).__name__
             raise UserError(f"{type(self).__name__} hides patches: its {name} needs encoder.mask_token=true")
+        if not masking.ratios_fit(ratios, spread):
+            raise UserError(
+                f"{type(self).__name__}: ratios={list(ratios)} with spread={list(spread)}: choose as many "
+                "numbers of both, so that no ratio ± its spread leaves the interval from 0 to 1"
+            )
         sizes = head or HeadSizes(out=8192, norm_last=False)
-        super().__init__(
-            encoder,
-            sizes,
-            crops or _crops(),
-            teacher_temperature=teacher_temperature,
-            teacher_warmup_epochs=teacher_warmup_epochs,
-            **kwargs,
-        )
+        super().__init__(encoder, sizes, crops or _crops(), **kwargs)
+        self.teacher_temperature, self.teacher_warmup_epochs = teacher_temperature, teacher_warmup_epochs
         if not shared_head:
             self.online.patch_last_layer = NormedLinear(sizes.bottleneck, sizes.out, sizes.norm_last)
             self.start_teacher()
@@ -130,11 +123,11 @@ class IBOT(SelfDistillation):
         crops = self.crops(clip)
         large = crops.large.flatten(0, 1)  # u, v                                 (V·N, 3, h, w)
         seen = self.observe(large)  # f_t(u), f_t(v)
-        hidden, most = self.hide(clip, seen)  # m, at most so many of a crop         (V·N, h, w)
+        hidden, total = self.hide(clip, seen)  # m, so many in all                   (V·N, h, w)
         said = self.student.encoder(large, hidden)  # f_s(û), f_s(v̂)
         return {
             "cls": self.cls_weight * self.cls(seen, said, crops.small),
-            "patch": self.patch_weight * self.patch(seen, said, hidden.flatten(1), most),
+            "patch": self.patch_weight * self.patch(seen, said, hidden.flatten(1), total),
         }
 
     def cls(self, seen: Features, said: Features, small: Tensor | None) -> Tensor:
@@ -148,29 +141,29 @@ class IBOT(SelfDistillation):
         s = self.student.head(tokens).unflatten(0, (-1, q.shape[1]))
         return other_views(view_losses(s, q, self.student_temperature))
 
-    def patch(self, seen: Features, said: Features, hidden: Tensor, most: int) -> Tensor:
+    def patch(self, seen: Features, said: Features, hidden: Tensor, total: int) -> Tensor:
         """Every hidden patch against the teacher's same one: the mean of each crop, then of all crops."""
-        index, weight = masked_tokens(hidden, most)
+        index, weight = masking.masked_tokens(hidden, total)  # (total,) among the V·N·n patches
         with torch.no_grad():
-            z = self.teacher.head.project(patch_tokens(seen))  # (V·N, n, bottleneck)
+            z = self.teacher.head.project(patch_rows(seen))  # (V·N·n, bottleneck)
             with island(z.device.type):
-                self.patch_centre.observe(self.teacher.patch_logits(z.mean(dim=(0, 1))), z[..., 0].numel())
-            logits = self.teacher.patch_logits(take(z, index))
+                self.patch_centre.observe(self.teacher.patch_logits(z.mean(dim=0)), len(z))
+            logits = self.teacher.patch_logits(z.index_select(0, index))
             q = teacher_probabilities(logits, self.patch_centre.value, self.patch_temperature)
-        s = self.student.patch_logits(self.student.head.project(take(patch_tokens(said), index)))
-        return (weight * paired_losses(s, q, self.student_temperature)).sum(dim=1).mean()
+        s = self.student.patch_logits(self.student.head.project(patch_rows(said).index_select(0, index)))
+        return (weight * paired_losses(s, q, self.student_temperature)).sum()
 
     @torch.no_grad()
     def observe(self, large: Tensor) -> Features:
-        """What the teacher's encoder makes of the large crops."""
-        return self.teacher.encoder(large)
+        """What the teacher's encoder makes of the large crops, at its end."""
+        return deepest(self.teacher.encoder(large))
 
     def hide(self, clip: Clip, seen: Features) -> tuple[Tensor, int]:
-        """Which patches of the large crops are hidden ``(V·N, h, w)``, and how many of one crop at most."""
+        """Which patches of the large crops are hidden ``(V·N, h, w)``, and how many in all."""
         keys = crop_keys(clip, "hidden", self.crops.views).flatten()
-        height, width = seen.last.shape[-2:]
-        masks = block_masks(keys, mask_ratios(keys, self.ratios, self.spread), (height, width))
-        return masks.to(clip.device, non_blocking=True), int(masks.sum(dim=(1, 2)).max())
+        ratios = masking.mask_ratios(keys, self.ratios, self.spread)
+        masks = masking.block_masks(keys, ratios, (seen.last.shape[-2], seen.last.shape[-1]))
+        return masks.to(clip.device, non_blocking=True), int(masks.sum())
 
     def after_step(self) -> None:
         """Moves both centres."""
@@ -187,7 +180,7 @@ class IBOT(SelfDistillation):
 
 
 class AttMask(IBOT):
-    """AttMask: iBOT that hides what the teacher attends to.
+    """AttMask: What to hide from your students (Kakogeorgiou et al., ECCV 2022): iBOT, by attention.
 
     Args:
         encoder: as iBOT's.
@@ -199,48 +192,56 @@ class AttMask(IBOT):
             the hidden number that is shown. (Code: ``show_max`` 0.1)
         **kwargs: iBOT's. ``ratios`` and ``spread`` are the paper's r and p: half of the crops are left whole,
             of the others 0.3 ± 0.2 is hidden.
+
+    Raises:
+        UserError: as iBOT, or the encoder has no [CLS].
     """
+
+    published = RECIPE
 
     def __init__(
         self,
         encoder: Encoder | None = None,
         head: HeadSizes | None = None,
         crops: MultiCrop | None = None,
-        strategy: AttentionMode = "high",
+        strategy: masking.AttentionMode = "high",
         show: float = 0.1,
         **kwargs: Any,
     ) -> None:
         super().__init__(encoder, head, crops, **kwargs)
-        self.strategy: AttentionMode = strategy
-        self.share_shown = show
+        if self.online.encoder.cls_token is None:
+            raise UserError("AttMask hides by the attention of [CLS]: its ViT needs encoder.class_token=true")
+        self.strategy, self.share_shown = strategy, show
 
     @torch.no_grad()
     def observe(self, large: Tensor) -> Features:
         """The teacher's features, with the last block's attention of [CLS]."""
         encoder = self.teacher.encoder
         assert isinstance(encoder, ViT)
-        return encoder.look(large, rows=1)
+        return deepest(encoder.look(large, rows=1))
 
     def hide(self, clip: Clip, seen: Features) -> tuple[Tensor, int]:
         """The patches of the large crops, in the order of the teacher's attention, up to a drawn number."""
         assert seen.attention is not None
         attention = seen.attention[:, :, 0, 1:].mean(dim=1)  # over heads
         keys = crop_keys(clip, "hidden", self.crops.views).flatten()
-        counts = (mask_ratios(keys, self.ratios, self.spread) * attention.shape[1]).long()
-        masks = attention_masks(
-            attention, keys, counts, self.strategy, show=self.share_shown, hint_from=self.share_shown
-        )
-        return masks.unflatten(1, seen.last.shape[-2:]), int(counts.max())
+        counts = (masking.mask_ratios(keys, self.ratios, self.spread) * attention.shape[1]).long()
+        shares = (self.share_shown, self.share_shown)
+        masks = masking.attention_masks(attention, keys, counts, self.strategy, *shares)
+        if self.strategy == "hint":
+            counts -= masking.shown_again(counts, attention.shape[1], *shares)
+        return masks.unflatten(1, seen.last.shape[-2:]), int(counts.sum())
 
 
-def patch_tokens(features: Features) -> Tensor:
-    """The patches behind the last block and norm, ``(B, n, D)``, row by row."""
-    return features.last.flatten(2).transpose(1, 2)
+def deepest(seen: Features) -> Features:
+    """Features of which the last map, the vector and attention are left: nothing else is kept in memory."""
+    *_, name = seen.maps
+    return replace(seen, maps={name: seen.last}, strides={name: seen.strides[name]}, queries=None, keys=None)
 
 
-def take(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows ``(B, m, D)`` of ``rows (B, n, D)`` by ``index (B, m)``."""
-    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[2]))
+def patch_rows(features: Features) -> Tensor:
+    """The patches behind the last block and norm, ``(B·n, D)``, image by image, row by row."""
+    return features.last.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def _crops() -> MultiCrop:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.losses.reconstruction import masked_mse, patch_statistics, patchify, unpatchify
@@ -34,6 +34,12 @@ from poodle_lightning.nn.vit import ViT
 from poodle_lightning.ops.masking import random_keep
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import Clip, Look, Losses, UserError
+
+RECIPE = Recipe(
+    lr=1.5e-4, min_lr=0.0, weight_decay=0.05, betas=(0.9, 0.95), eps=1e-8, warmup_epochs=40.0,
+    horizon_epochs=800.0, scale_lr="linear", reference_batch=256,
+)  # fmt: skip
+"""Of the paper's pre-training, for 800 epochs (Table 8)."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,13 @@ class MAE(Method):
         ratio: share of the patches left out.
         normalise: targets are normalised by patch. (Paper: the better half of Table 1d)
         decoder: its sizes.
-        recipe: optimiser and schedules.
+        recipe: optimiser and schedules; None: the paper's.
+
+    An encoder that has not been trained yet starts as in the original code; a mask token in it stays frozen.
 
     Raises:
-        UserError: the encoder is no vision transformer with [CLS], or made for another size than the crop's.
+        UserError: the encoder is no vision transformer with [CLS], or made for another size than the crop's;
+            ``ratio`` leaves no patch to see or none to predict.
     """
 
     def __init__(
@@ -76,7 +85,7 @@ class MAE(Method):
         decoder: DecoderSizes | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        super().__init__(recipe)
+        super().__init__(recipe or RECIPE)
         self.crop = crop or ResizedCrop((224, 224), (0.2, 1.0), fit="redraw")
         encoder = encoder or ViT(positions="sincos")
         if not isinstance(encoder, ViT) or encoder.cls_token is None:
@@ -88,11 +97,20 @@ class MAE(Method):
             raise UserError(
                 f"MAE: crop.size={list(self.crop.size)}, encoder.image_size={list(size)}: make them equal"
             )
+        if is_fresh(encoder):
+            initialise(encoder)
+        if encoder.mask_token is not None:  # the decoder has its own: DDP would wait for this one's gradient
+            encoder.mask_token.requires_grad_(False)
         self.online = Online(encoder)
         self.decoder = MAEDecoder(
             encoder.vector_dim, encoder.patch, encoder.grid, **asdict(decoder or DecoderSizes())
         )
         self.patch, self.patches = encoder.patch, encoder.grid[0] * encoder.grid[1]
+        if not 0 < int(self.patches * (1 - ratio)) < self.patches:
+            raise UserError(
+                f"MAE: ratio={ratio} of {self.patches} patches leaves none to see or none to predict: choose "
+                "a share between 0 and 1"
+            )
         self.ratio = ratio
         self.normalise = normalise
 
@@ -151,3 +169,30 @@ class MAE(Method):
             hidden=hidden[first, None].unflatten(2, self.encoder.grid),
             restored=restored[first, None].clamp(0, 1),
         )
+
+
+def is_fresh(encoder: ViT) -> bool:
+    """Whether a vision transformer is as it was made: its last norm still does nothing.
+
+    Weights may have come into it from a file of its own or through the hub, which no argument tells.
+    """
+    weight, bias = encoder.norm.weight, encoder.norm.bias
+    return bool(weight.is_meta or ((weight == 1).all() and (bias == 0).all()))
+
+
+@torch.no_grad()
+def initialise(encoder: ViT) -> None:
+    """Starts an encoder as the original code does (facebookresearch/mae ``models_mae.py``).
+
+    All linear layers, and the patch embedding as one over its flattened pixels, are uniform within
+    √(6 / (inputs + outputs)) (Glorot and Bengio, 2010), biases 0; [CLS] is normal with deviation 0.02. The
+    bias of the patch embedding stays what torch makes it.
+    """
+    kernel = encoder.patch_embed.proj.weight
+    kernel.copy_(nn.init.xavier_uniform_(kernel.flatten(1)).view_as(kernel))  # in any memory format
+    nn.init.normal_(encoder.cls_token, std=0.02)
+    for layer in encoder.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -23,6 +23,12 @@ _ATTEMPTS = 10
 """Tries per block before an image has enough, as in BEiT's generator."""
 
 
+def ratios_fit(choices: Sequence[float], spread: Sequence[float]) -> bool:
+    """Whether there is a width for every centre, and no ratio within it leaves [0, 1]."""
+    inside = (0 <= width <= centre <= 1 - width for centre, width in zip(choices, spread, strict=False))
+    return 0 < len(choices) == len(spread) and all(inside)
+
+
 def mask_ratios(
     keys: Tensor, choices: Sequence[float] = (0.0, 0.3), spread: Sequence[float] = (0.0, 0.2)
 ) -> Tensor:
@@ -42,9 +48,9 @@ def mask_ratios(
     Raises:
         ValueError: the two have different lengths, or a ratio may leave [0, 1].
     """
-    pairs = list(zip(choices, spread, strict=True))
-    if not all(0 <= width <= centre <= 1 - width for centre, width in pairs):
+    if not ratios_fit(choices, spread):
         raise ValueError(f"ratios {tuple(choices)} ± {tuple(spread)} leave the interval from 0 to 1")
+    pairs = list(zip(choices, spread, strict=True))
     chosen = randint(fold(keys, "choice"), len(pairs))[:, 0]
     centres, widths = torch.tensor(pairs, dtype=torch.float64)[chosen].unbind(1)
     return centres + widths * uniform(fold(keys, "ratio"), 1, -1.0, 1.0, dtype=torch.float64)[:, 0]
@@ -123,6 +129,21 @@ def _inside(
     return whole - sums[image, bottom, left] + sums[image, top, left]
 
 
+def shown_again(counts: Tensor, patches: int, show: float, hint_from: float) -> Tensor:
+    """How many of the hidden patches of each image ``"hint"`` shows again.
+
+    Args:
+        counts: ``(B,)`` patches to hide, int on the host.
+        patches: of an image.
+        show: see :func:`attention_masks`.
+        hint_from: likewise.
+
+    Returns:
+        ``(B,)`` int64 on the host.
+    """
+    return (show * counts.double()).long().minimum(counts.clamp(max=int(hint_from * patches)))
+
+
 def attention_masks(
     attention: Tensor,
     keys: Tensor,
@@ -147,8 +168,8 @@ def attention_masks(
         hint_from: share of all patches among which those are drawn (``"hint"``).
 
     Returns:
-        ``(B, n)`` bool on the device of ``attention``; exactly ``counts`` are true in each row, fewer by
-        those shown with ``"hint"``. Of equally attended patches the order is the sort's.
+        ``(B, n)`` bool on the device of ``attention``; exactly ``counts`` are true in each row, with
+        ``"hint"`` fewer by :func:`shown_again`. Of equally attended patches the order is the sort's.
     """
     patches = attention.shape[1]
     place = torch.arange(patches)
@@ -157,8 +178,7 @@ def attention_masks(
         pool = counts.clamp(max=int(hint_from * patches))[:, None]
         drawn = uniform(fold(keys, "hint"), patches, dtype=torch.float64).masked_fill_(place >= pool, 2.0)
         order = drawn.argsort(dim=1, stable=True).argsort(dim=1)
-        shown = (show * counts.double()).long()[:, None].minimum(pool)
-        hidden &= order >= shown
+        hidden &= order >= shown_again(counts, patches, show, hint_from)[:, None]
     device = attention.device
     hidden = hidden.to(device, non_blocking=device.type == "cuda")
     if mode == "random":
@@ -189,19 +209,20 @@ def random_keep(keys: Tensor, n: int, share: float) -> Tensor:
     return permutation(fold(keys, "keep"), n)[:, :kept]
 
 
-def masked_tokens(mask: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The masked patches as a list of fixed length, so that no device need be asked how many there are.
+def masked_tokens(mask: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Where the masked patches of a batch are, of which the host knows the number: no device is asked for it.
 
     Args:
         mask: ``(B, n)`` bool on any device.
-        most: length of the lists; at least the largest number of masked patches of an image.
+        total: how many are true in all of it.
 
     Returns:
-        ``index (B, most)`` int64, masked patches in their order, then others as padding; and ``weight (B,
-        most)`` float32, 1 / (number masked in that image), 0 for padding. So Σ weight · loss is an image's
-        mean over its masked patches, and 0 where none is masked.
+        ``index (total,)`` int64 into the ``B · n`` rows, image by image in their order, and ``weight
+        (total,)`` float32, 1 / (number masked in that image) / B. So Σ weight · loss is the mean over images
+        of the mean over their masked patches, and 0 of an image without. Where ``total`` is 0 there is one
+        row, of weight 0: whatever it goes through still gets a gradient.
     """
-    index = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    number = mask.sum(dim=1, keepdim=True)
-    real = torch.arange(index.shape[1], device=mask.device) < number
-    return index, real / number.clamp(min=1)
+    flat = mask.flatten()
+    index = flat.to(torch.uint8).argsort(descending=True, stable=True)[: max(total, 1)]
+    share = mask / (mask.sum(dim=1, keepdim=True).clamp(min=1) * len(mask))  # 0 where not masked
+    return index, share.flatten().index_select(0, index)

@@ -204,6 +204,14 @@ def test_an_unsqueezed_picture_has_the_shape_of_its_size():
     torch.testing.assert_close(found.small_to_clean.matrix, given.small_to_clean.matrix)
 
 
+def test_maps_stay_on_the_host():
+    """Nothing on the device reads them; torch's device without memory stands for one."""
+    crops = small()(make().to("meta"))
+    assert (crops.large.device.type, crops.small.device.type) == ("meta", "meta")
+    for to_clean in (crops.large_to_clean, crops.small_to_clean):
+        assert to_clean.matrix.device.type == "cpu"
+
+
 def test_no_small_crops():
     crops = small(locals=0, views=1)(make())
     assert crops.large.shape == (1, 6, 3, 10, 12)

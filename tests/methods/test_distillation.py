@@ -1,14 +1,20 @@
+from pathlib import Path
+
 import lightning as L
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_models import make_clip, stirred, tiny_crops, tiny_encoder, tiny_head, tiny_recipe, tiny_vit
 from torch.utils.data import DataLoader
 
-from poodle_lightning import DINO, from_pretrained, save_pretrained
+import poodle_lightning
+from poodle_lightning import DINO, IBOT, DoRA, from_pretrained, save_pretrained
 from poodle_lightning.augment.geometric import ResizedCrop
-from poodle_lightning.augment.multicrop import MultiCrop
-from poodle_lightning.methods.distillation import crop_keys, first_frames, other_views, warmed_up
+from poodle_lightning.augment.multicrop import MultiCrop, crop_keys, first_frames
+from poodle_lightning.methods.distillation import drawn_from, other_views, warmed_up
+from poodle_lightning.nn.optim import Recipe
+from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import UserError
 
 
@@ -90,6 +96,52 @@ def test_only_the_student_drops_paths_and_what_it_drops_follows_from_the_keys():
         torch.manual_seed(seed)
         assert torch.equal(after, torch.rand(1))  # the global generator stays where it was
     assert torch.equal(found[0], found[1])
+
+
+def test_only_generators_that_draw_are_seeded_and_all_go_on_as_they_were(monkeypatch):
+    """Of a machine with two devices, played by two generators, the first one is another process's."""
+    here, there = (torch.Generator().manual_seed(seed) for seed in (3, 4))
+    devices = type("Devices", (), {"default_generators": (here, there)})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: devices)
+    monkeypatch.setattr(torch, "manual_seed", None)  # it seeds every device
+    every = [torch.default_generator, here, there]
+    before = [generator.get_state() for generator in every]
+    drawn = []
+    for _ in range(2):
+        with drawn_from(key_of(0, "a")[None], torch.device("cuda", 1)):
+            drawn.append([torch.rand(1).item(), torch.rand(1, generator=there).item()])
+            assert torch.equal(here.get_state(), before[1])
+        assert all(torch.equal(one.get_state(), state) for one, state in zip(every, before, strict=True))
+    assert drawn[0] == drawn[1]
+    with pytest.raises(ZeroDivisionError), drawn_from(key_of(0, "b")[None], torch.device("cpu")):
+        assert torch.rand(1).item() / 0 != drawn[0][0]
+    assert torch.equal(torch.get_rng_state(), before[0])
+
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "method"
+
+
+@pytest.mark.parametrize("name", ["DINO", "IBOT", "AttMask", "DoRA", "MAE"])
+def test_without_a_recipe_a_method_has_its_papers(name):
+    config = yaml.safe_load((CONFIGS / f"{name.lower()}_vits.yaml").read_text())
+    assert config["class_path"] == f"poodle_lightning.{name}"
+    with torch.device("meta"):
+        method = getattr(poodle_lightning, name)()
+    assert method.recipe == Recipe(**config["init_args"]["recipe"])
+    assert method.recipe != Recipe()
+
+
+@pytest.mark.parametrize("kind", [DINO, DoRA])
+def test_a_mask_token_that_nothing_uses_is_not_trained(kind):
+    """DDP would wait for its gradient."""
+    torch.manual_seed(0)
+    crops = tiny_crops(views=1 if kind is DoRA else 2)
+    method = kind(tiny_vit(mask_token=True), tiny_head(), crops, recipe=tiny_recipe())
+    assert not method.student.encoder.mask_token.requires_grad
+    sum(method.losses(make_clip()).values()).backward()
+    assert all(p.grad is not None for p in method.parameters() if p.requires_grad)
+    method.target.update(method.online, 0.5)  # which has as many parameters
+    assert IBOT(method.student.encoder, tiny_head(), tiny_crops()).student.encoder.mask_token.requires_grad
 
 
 def test_the_teacher_is_exported(tmp_path):

@@ -305,6 +305,13 @@ def test_bad_input_is_one_line():
     assert tiny(tiny_vit(last_heads=4), objects=4).objects == 4
     with pytest.raises(UserError, match="objects=0"):
         tiny(objects=0)
+    for bad in ((0.9, 0.2), (0.1, 0.2), (-0.3, 0.0)):
+        with pytest.raises(UserError, match=r"DoRA: block_ratio=\[.*\]: choose"):
+            tiny(block_ratio=bad)
+    with pytest.raises(UserError, match="DoRA: set iterations=0 to at least 1"):
+        tiny(iterations=0)
+    with pytest.raises(UserError, match=r"epsilon=0\.0 above 0"):
+        tiny(epsilon=0.0)
     with pytest.raises(UserError, match="needs a ViT"):
         tiny(tiny_encoder())
     with pytest.raises(UserError, match=r"crops\.large\.size=\[32, 32\].*patches of 12"):

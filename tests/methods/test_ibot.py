@@ -1,3 +1,4 @@
+import weakref
 from collections import Counter
 
 import pytest
@@ -78,6 +79,46 @@ def test_losses_and_gradient_equal_the_formulas_in_loops(shared, frames):
         assert (one - other).norm() <= 1e-6 * other.norm() + 1e-14
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"strategy": "high"}, {"strategy": "hint", "show": 0.25}])
+def test_only_hidden_patches_go_through_the_last_layer(settings, shared, monkeypatch):
+    """As many rows as patches are hidden, and the teacher's mean row; [CLS] goes through by itself."""
+    method = tiny(AttMask if settings else IBOT, shared_head=shared, **settings)
+    clip = make_clip(batch=6)
+    hidden, total = method.hide(clip, method.observe(method.crops(clip).large.flatten(0, 1)))
+    counts = hidden.flatten(1).sum(dim=1)
+    assert total == counts.sum()
+    assert total < len(counts) * counts.max()  # what lists of one length would send
+    rows = {"student": [], "teacher": []}
+    for name, seen in rows.items():
+        network = getattr(method, name)
+        call = network.patch_logits
+        monkeypatch.setattr(
+            network, "patch_logits", lambda x, call=call, seen=seen: seen.append(x[..., 0].numel()) or call(x)
+        )
+    method.losses(clip)
+    assert rows == {"student": [total], "teacher": [1, total]}
+
+
+@pytest.mark.parametrize("kind", [IBOT, AttMask])
+def test_the_teachers_maps_are_gone_when_the_student_begins(kind, monkeypatch):
+    method, clip = tiny(kind), make_clip()
+    made, alive = [], []
+    for block in method.teacher.encoder.blocks[:-1]:
+        block.register_forward_hook(lambda block, given, out: made.append(weakref.ref(out)))
+    watch = method.student.encoder.register_forward_pre_hook(
+        lambda *_: alive.append([x for x in made if x() is not None])
+    )
+    method.losses(clip)
+    watch.remove()
+    assert len(made) == 1
+    assert alive[0] == []
+    seen = method.observe(method.crops(clip).large.flatten(0, 1))
+    assert list(seen.maps) == list(seen.strides) == ["block1"]
+    assert (seen.attention is None) == (kind is IBOT)
+    assert seen.queries is seen.keys is None
+
+
 def test_patch_loss_is_lightlys():
     method, clip = tiny(), make_clip(batch=4)
     images = method.crops(clip).large.flatten(0, 1)
@@ -110,7 +151,7 @@ def test_attmask_hides_by_the_teachers_attention(strategy):
     """Slowly: each crop's own whole attention, averaged over heads, its patches in order."""
     method, clip = tiny(AttMask, strategy=strategy, show=0.25), make_clip(batch=6)
     images = method.crops(clip).large.flatten(0, 1)
-    masks, most = method.hide(clip, method.observe(images))
+    masks, total = method.hide(clip, method.observe(images))
     numbers = Counter()
     for image, mask in zip(images, masks.flatten(1), strict=True):
         attention = method.teacher.encoder.look(image[None]).attention[0, :, 0, 1:].mean(dim=0)
@@ -122,7 +163,8 @@ def test_attmask_hides_by_the_teachers_attention(strategy):
         else:
             assert hidden == set(order[: len(hidden)])
     assert 0 < numbers[0] < len(masks)
-    assert max(numbers) <= most <= 8  # a ratio of 0.5 at most
+    assert max(numbers) <= 8  # a ratio of 0.5 at most
+    assert total == sum(number * images for number, images in numbers.items())
 
 
 def test_hidden_patches_are_shown_in_pictures():
@@ -133,8 +175,11 @@ def test_hidden_patches_are_shown_in_pictures():
     assert torch.equal(look.hidden[2, 1], masks[6 + 4])
 
 
-def test_a_batch_without_hidden_patches_has_no_patch_loss():
-    method = tiny(ratios=(0.0,), spread=(0.0,))
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", [IBOT, AttMask])
+def test_a_batch_without_hidden_patches_has_no_patch_loss(kind, shared):
+    """And still a gradient, of 0, for all that only patches use: DDP waits for it."""
+    method = tiny(kind, ratios=(0.0,), spread=(0.0,), shared_head=shared)
     losses = method.losses(make_clip())
     assert float(losses["patch"].detach()) == 0
     sum(losses.values()).backward()
@@ -146,3 +191,17 @@ def test_an_encoder_without_mask_token_is_named(kind):
     for encoder in (tiny_vit(), tiny_encoder()):
         with pytest.raises(UserError, match=r"encoder\.mask_token=true"):
             kind(encoder=encoder, crops=tiny_crops())
+
+
+@pytest.mark.parametrize(
+    ("ratios", "spread"), [((0.0, 0.9), (0.0, 0.2)), ((-0.1,), (0.0,)), ((0.3,), (0.1, 0.1)), ((), ())]
+)
+@pytest.mark.parametrize("kind", [IBOT, AttMask])
+def test_ratios_that_leave_the_interval_are_named(kind, ratios, spread):
+    with pytest.raises(UserError, match=rf"{kind.__name__}: ratios=\[.*\] with spread=\[.*\]: choose"):
+        tiny(kind, ratios=ratios, spread=spread)
+
+
+def test_attmask_without_class_token_is_named():
+    with pytest.raises(UserError, match=r"AttMask .* \[CLS\].*encoder\.class_token=true"):
+        AttMask(tiny_vit(mask_token=True, class_token=False), tiny_head(), tiny_crops())

@@ -12,6 +12,8 @@ from poodle_lightning.ops.masking import (
     mask_ratios,
     masked_tokens,
     random_keep,
+    ratios_fit,
+    shown_again,
 )
 from poodle_lightning.ops.random import fold, uniform
 
@@ -99,7 +101,8 @@ def test_ratios_of_ibot():
     rest = ratios[ratios > 0].numpy()
     assert stats.kstest(rest, stats.uniform(0.1, 0.4).cdf).pvalue > 1e-3
     assert (mask_ratios(keys, (0.3,), (0.0,)) == 0.3).all()
-    for bad in (((0.3,), (0.4,)), ((0.9,), (0.2,))):
+    for bad in (((0.3,), (0.4,)), ((0.9,), (0.2,)), ((0.3, 0.3), (0.1,)), ((), ()), ((-0.1,), (0.0,))):
+        assert not ratios_fit(*bad)
         with pytest.raises(ValueError, match="leave the interval"):
             mask_ratios(keys, *bad)
 
@@ -129,6 +132,7 @@ def test_hints_are_drawn_from_the_most_attended():
         order = sorted(range(40), key=lambda j: -row[j])
         shown = [j for j in order[:count] if not mask[j]]
         assert len(shown) == int(0.2 * count)
+        assert shown_again(torch.tensor([count]), 40, 0.2, 0.25).item() == len(shown)
         assert set(shown) <= set(order[:10])
         assert not any(mask[j] for j in order[count:])
 
@@ -149,6 +153,7 @@ def test_hints_of_few_hidden_patches():
     assert not attention_masks(attention, keys, counts, "hint", show=1.0, hint_from=0.5).any()
     left = attention_masks(attention, keys, torch.full((30,), 20), "hint", show=1.0, hint_from=0.1)
     assert (left.sum(dim=1) == 16).all()
+    assert shown_again(torch.tensor([20, 3, 0]), 40, 1.0, 0.1).tolist() == [4, 3, 0]
 
 
 def test_random_masks_forget_the_attention():
@@ -173,7 +178,7 @@ def test_masks_read_nothing_back(mode):
     with DeviceReads([attention]) as reads:
         mask = attention_masks(attention, KEYS[:30], counts, mode)
         reads.mark(mask)
-        masked_tokens(mask, 40)
+        masked_tokens(mask, int(counts.sum()))
     assert reads.found == []
 
 
@@ -193,20 +198,21 @@ def test_kept_patches():
 
 
 def test_masked_tokens_are_listed_in_order_with_their_weight():
+    """One by one: nothing but the masked ones, and their images' means."""
     torch.manual_seed(0)
     mask = torch.rand(5, 12) < torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])[:, None]
     values = torch.rand(5, 12)
-    index, weight = masked_tokens(mask, 12)
-    for i in range(5):
-        places = [j for j in range(12) if mask[i, j]]
-        assert index[i, : len(places)].tolist() == places
-        assert weight[i].tolist() == pytest.approx(
-            [1 / max(len(places), 1)] * len(places) + [0.0] * (12 - len(places))
-        )
-        mean = sum(float(values[i, j]) for j in places) / max(len(places), 1)
-        assert float((values[i, index[i]] * weight[i]).sum()) == pytest.approx(mean, rel=1e-5)
-    short = mask[:3]
-    most = int(short.sum(dim=1).max())
-    index, weight = masked_tokens(short, most)
-    assert index.shape == weight.shape == (3, most)
-    torch.testing.assert_close(weight.sum(dim=1), short.any(dim=1).float())
+    places = [(i, j) for i in range(5) for j in range(12) if mask[i, j]]
+    index, weight = masked_tokens(mask, len(places))
+    assert index.dtype == torch.int64
+    assert index.tolist() == [12 * i + j for i, j in places]
+    each = [[float(values[i, j]) for j in range(12) if mask[i, j]] for i in range(5)]
+    assert weight.tolist() == pytest.approx([1 / len(each[i]) / 5 for i, _ in places])
+    mean = sum(sum(row) / len(row) for row in each if row) / 5
+    assert float((values.flatten()[index] * weight).sum()) == pytest.approx(mean, rel=1e-5)
+
+
+def test_where_nothing_is_masked_one_row_of_no_weight_is_left():
+    index, weight = masked_tokens(torch.zeros(3, 4, dtype=torch.bool), 0)
+    assert index.shape == weight.shape == (1,)
+    assert weight.item() == 0
