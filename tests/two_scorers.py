@@ -12,10 +12,12 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from davis_trees import Colours, davis
 from lightning.pytorch.strategies import DDPStrategy
 from object_trees import voc_objects
 from tiny_models import tiny_encoder
 
+from poodle_lightning.data.davis import DavisDataModule, FrameView
 from poodle_lightning.data.image_classes import ImageClassDataModule, ImageViews
 from poodle_lightning.data.label_streets import StreetLabels
 from poodle_lightning.data.labelled import LabelledDataModule
@@ -23,8 +25,12 @@ from poodle_lightning.data.objects import ObjectDataModule
 from poodle_lightning.evaluation.classification import KNN, KNNRecipe, LinearProbe, ProbeRecipe
 from poodle_lightning.evaluation.clustering import Clustering, ClusteringRecipe
 from poodle_lightning.evaluation.discovery import ObjectDiscovery
+from poodle_lightning.evaluation.finetuning import FineTune
 from poodle_lightning.evaluation.metrics import Confusion
+from poodle_lightning.evaluation.mixing import Mixing
+from poodle_lightning.evaluation.propagation import LabelPropagation, PropagationRecipe
 from poodle_lightning.evaluation.retrieval import DenseRetrieval, RetrievalRecipe, dense_retrieval
+from poodle_lightning.nn.layer_decay import FineTuneRecipe
 from poodle_lightning.nn.vit import ViT
 
 
@@ -48,6 +54,36 @@ def confusion(world: int) -> dict:
     return found.all_reduce().state_dict()
 
 
+class Recorded(Mixing):
+    """Keeps what it draws."""
+
+    def __call__(self, images, labels, classes, key):
+        self.__dict__.setdefault("drawn", []).append(self.draw(key, (16, 16)).share)
+        return super().__call__(images, labels, classes, key)
+
+
+def finetuned(images: ImageClassDataModule, world: int) -> dict:
+    """Scores and weights without anything that is drawn for a batch; then what is drawn for one."""
+    torch.manual_seed(3)
+    encoder = ViT(patch=8, dim=24, depth=2, heads=3, image_size=(16, 16))
+    # a large eps: AdamW must not make whole steps of rounding
+    recipe = FineTuneRecipe(lr=1e-2, reference_batch=4, warmup_epochs=0, eps=1e-2)
+    module = FineTune(encoder, recipe=recipe, mixing=Mixing(0.0, 0.0), drop_path=0.0)
+    fitted = trainer(world, max_epochs=2, limit_val_batches=0)
+    fitted.fit(module, datamodule=images)
+    fitted.limit_val_batches = 1.0
+    fitted.validate(module, datamodule=images, verbose=False)
+    mixing = Recorded()
+    once = trainer(world, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    once.fit(FineTune(encoder, recipe=recipe, mixing=mixing), datamodule=images)
+    found = module.scores()
+    return {
+        "finetune": [found.scores, found.counts, found.per_class],
+        "tuned": [module.head.weight.tolist(), module.encoder.blocks[0].mlp.fc1.weight.tolist()],
+        "mixing": mixing.drawn,
+    }
+
+
 def main(folder: Path, world: int) -> dict:
     torch.manual_seed(0)
     encoder = tiny_encoder(output_stride=8).eval()
@@ -63,10 +99,14 @@ def main(folder: Path, world: int) -> dict:
     tree = voc_objects(folder / f"voc{os.environ.get('RANK', '')}")
     objects = ObjectDataModule(str(tree), num_workers=0, batch_size=2)
     discovery = ObjectDiscovery(ViT(patch=8, dim=24, depth=2, heads=3, image_size=(32, 32)).eval())
+    videos = [("dog", 5, 2), ("swan", 4, 1), ("cat", 4, 1)]
+    tree = davis(folder / f"davis{os.environ.get('RANK', '')}", videos)
+    sequences = DavisDataModule(str(tree), view=FrameView(short_side=None), num_workers=0)
+    propagation = LabelPropagation(Colours(), recipe=PropagationRecipe(last=2, topk=3, radius=2))
     found = {}
     for name, module, data in (
         ("retrieval", retrieval, streets), ("clustering", clustering, streets), ("knn", knn, images),
-        ("discovery", discovery, objects),
+        ("discovery", discovery, objects), ("propagation", propagation, sequences),
     ):  # fmt: skip
         trainer(world).validate(module, datamodule=data, verbose=False)
         scores = module.scores()
@@ -78,6 +118,7 @@ def main(folder: Path, world: int) -> dict:
     fitted.validate(probe, datamodule=images, verbose=False)
     found["probe"] = [probe.scores().scores, probe.scores().counts]
     found["weights"] = probe.head.weight.tolist()
+    found |= finetuned(images, world)
     if world == 1 or os.environ["RANK"] == "0":
         # the other process does not take part, as when the first one probes for all
         train, test = (streets.sample(split, 3, (32, 64)) for split in ("train", "val"))

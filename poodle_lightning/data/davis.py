@@ -12,6 +12,7 @@ has it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,7 +118,8 @@ class DavisDataModule(L.LightningDataModule):
         num_workers: processes that read frames.
 
     Raises:
-        UserError: a setting is out of range, or the list of sequences is not there or lacks one of them.
+        UserError: a setting is out of range, or the list of sequences is not there or lacks one of them, or
+            a sequence is named twice.
     """
 
     def __init__(
@@ -292,6 +294,8 @@ def _listed(path: Path, wanted: Sequence[str] | None) -> list[str]:
         raise UserError(f"{path}: names no sequence")
     if strange := sorted(set(wanted or ()) - set(names)):
         raise UserError(f"sequences: {strange[0]} is not in {path}")
+    if twice := [name for name, times in Counter(wanted or ()).items() if times > 1]:
+        raise UserError(f"sequences: {twice[0]} is named more than once, and would count so: name it once")
     return names if wanted is None else list(wanted)
 
 

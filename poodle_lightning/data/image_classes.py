@@ -135,10 +135,10 @@ class ImageClassDataModule(L.LightningDataModule):
         found = self._opened.split(split)
         each = np.bincount(found.labels, minlength=len(self.classes))
         if lacking := np.flatnonzero(each == 0).tolist():
-            name, others = self.classes.names[lacking[0]], len(lacking) - 1
+            name = self.classes.names[lacking[0]]
+            more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
             raise UserError(
-                f"{self.root}: the class {name} has no image in {split} (and {others} more): add some, or "
-                "remove the class"
+                f"{self.root}: the class {name} has no image in {split}{more}: add some, or remove the class"
             )
         if split == "val" or self.subset == 1:
             return found

@@ -99,12 +99,12 @@ def open_images(source: Source, root: Path) -> Opened:
     return openers[source](root)
 
 
-def _where(root: Path, marker: str, *below: str) -> Path:
-    """The folder that has ``marker``: ``root`` or one of the named folders in it."""
+def _where(root: Path, markers: tuple[str, ...], *below: str) -> Path:
+    """The folder that has one of ``markers``: ``root`` or one of the named folders in it."""
     for folder in (root, *(root / name for name in below)):
-        if (folder / marker).exists():
+        if any((folder / marker).exists() for marker in markers):
             return folder
-    raise UserError(f"{root}: has no {marker}: give --data.root with the official layout of the data set")
+    raise UserError(f"{root}: has no {' and no '.join(markers)}: give --data.root with the official layout")
 
 
 # ---- folders
@@ -139,11 +139,11 @@ def _folder_names(root: Path) -> tuple[str, ...]:
     if not train:
         raise UserError(f"{root / 'train'}: holds no folders; each class needs one")
     if lacking := sorted(set(train) - set(val)):
-        more = f"and {len(lacking) - 1} more"
-        raise UserError(f"{root / 'val'}: the class {lacking[0]} of train is not there ({more})")
+        more = f" (and {len(lacking) - 1} more)" if len(lacking) > 1 else ""
+        raise UserError(f"{root / 'val'}: the class {lacking[0]} of train is not there{more}")
     if strange := sorted(set(val) - set(train)):
-        more = f"and {len(strange) - 1} more"
-        raise UserError(f"{root / 'val'}: the class {strange[0]} is not in train ({more})")
+        more = f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""
+        raise UserError(f"{root / 'val'}: the class {strange[0]} is not in train{more}")
     return tuple(train)
 
 
@@ -198,13 +198,13 @@ def _text(value: Any) -> str:
 def _cifar(root: Path, count: Literal[10, 100]) -> Opened:
     ten = count == 10
     marker = "batches.meta" if ten else "meta"
-    folder = _where(root, marker, "cifar-10-batches-py" if ten else "cifar-100-python")
+    folder = _where(root, (marker,), "cifar-10-batches-py" if ten else "cifar-100-python")
     files: dict[str, list[str]] = {
         "train": [f"data_batch_{number}" for number in range(1, 6)] if ten else ["train"],
         "val": ["test_batch" if ten else "test"],
     }
     names = read_plain_pickle(folder / marker).get("label_names" if ten else "fine_label_names")
-    if not isinstance(names, list) or len(set(names)) != count:
+    if not isinstance(names, list) or len(set(map(_text, names))) != count:
         raise UserError(f"{folder / marker}: does not name the {count} classes of CIFAR-{count}")
 
     def split(name: Split) -> ImageSet:
@@ -222,7 +222,8 @@ def _cifar_batch(path: Path, count: int) -> tuple[Array, Array]:
     pixels, labels = content.get("data"), content.get("labels" if count == 10 else "fine_labels")
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
         raise UserError(f"{path}: has no images of CIFAR, rows of 3,072 bytes: download it again")
-    if not isinstance(labels, list) or len(labels) != len(pixels) or not set(labels) <= set(range(count)):
+    whole = isinstance(labels, list) and all(isinstance(n, int) and 0 <= n < count for n in labels)
+    if not isinstance(labels, list) or len(labels) != len(pixels) or not whole:
         raise UserError(f"{path}: has no label from 0 to {count - 1} for every image: download it again")
     rows = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(rows), np.array(labels, np.int64)
@@ -250,34 +251,50 @@ def _matlab(path: Path, *keys: str) -> list[Array]:
 
 
 def _flowers(root: Path) -> Opened:
-    folder = _where(root, "imagelabels.mat", "flowers-102", "oxford_flowers102")
-    (labels,) = _matlab(folder / "imagelabels.mat", "labels")
-    parts = _matlab(folder / "setid.mat", "trnid", "valid", "tstid")
+    folder = _where(root, ("imagelabels.mat",), "flowers-102", "oxford_flowers102")
+    (given,) = _matlab(folder / "imagelabels.mat", "labels")
+    labels = _counted(folder / "imagelabels.mat", given)
+    given_parts = _matlab(folder / "setid.mat", "trnid", "valid", "tstid")
+    parts = [_counted(folder / "setid.mat", part) for part in given_parts]
     count = int(labels.max())
 
     def split(name: Split) -> ImageSet:
         numbers = np.concatenate(parts[:2]) if name == "train" else parts[2]
-        if numbers.min() < 1 or numbers.max() > len(labels):
+        if numbers.max() > len(labels):
             raise UserError(f"{folder / 'setid.mat'}: names images that imagelabels.mat has no label for")
         paths = tuple(str(folder / "jpg" / f"image_{number:05d}.jpg") for number in numbers.tolist())
-        return ImageSet(paths, labels[numbers.astype(np.int64) - 1].astype(np.int64) - 1)
+        return ImageSet(paths, labels[numbers - 1] - 1)
 
     return Opened(tuple(f"flower {number}" for number in range(1, count + 1)), split)
 
 
+def _counted(path: Path, values: Sequence[Any] | Array) -> Array:
+    """Numbers of a MATLAB file, ``(n,)`` int64: whole, from 1 on, at least one.
+
+    Raises:
+        UserError: they are something else.
+    """
+    try:
+        made = np.asarray(values, np.float64)
+    except (TypeError, ValueError):
+        made = np.empty(0)
+    if made.ndim != 1 or not made.size or not bool((made >= 1).all() and (made % 1 == 0).all()):
+        raise UserError(f"{path}: has no list of whole numbers from 1 on where it should: download it again")
+    return made.astype(np.int64)
+
+
 def _cars(root: Path) -> Opened:
     """The class is the field of that name; by its place (4) it would be a coordinate of the box."""
-    marker = "cars_annos.mat" if (root / "cars_annos.mat").exists() else "devkit"
-    folder = _where(root, marker, "stanford_cars", "cars")
-    if marker == "devkit":
-        return _cars_devkit(folder)
+    folder = _where(root, ("cars_annos.mat", "devkit"), "stanford_cars", "cars")
     path = folder / "cars_annos.mat"
+    if not path.exists():
+        return _cars_devkit(folder)
     rows, names = _matlab(path, "annotations", "class_names")
     fields = _fields(path, rows, "relative_im_path", "class", "test")
 
     def split(name: Split) -> ImageSet:
         chosen = [place for place, test in enumerate(fields[2]) if bool(test) == (name == "val")]
-        paths = tuple(str(folder / fields[0][place]) for place in chosen)
+        paths = tuple(str(folder / str(fields[0][place])) for place in chosen)
         return ImageSet(paths, _from_one([fields[1][place] for place in chosen], len(names), path))
 
     return Opened(_different(list(map(str, names))), split)
@@ -293,7 +310,7 @@ def _cars_devkit(folder: Path) -> Opened:
         path = beside if beside.exists() else folder / "devkit" / file
         (rows,) = _matlab(path, "annotations")
         files, classes = _fields(path, rows, "fname", "class")
-        paths = tuple(str(folder / f"cars_{part}" / file) for file in files)
+        paths = tuple(str(folder / f"cars_{part}" / str(file)) for file in files)
         return ImageSet(paths, _from_one(classes, len(names), path))
 
     return Opened(_different(list(map(str, names))), split)
@@ -308,8 +325,8 @@ def _fields(path: Path, rows: Array, *fields: str) -> list[list[Any]]:
 
 def _from_one(classes: Sequence[Any], count: int, path: Path) -> Array:
     """Labels from 0 of MATLAB's classes from 1."""
-    labels = np.array([int(value) for value in classes], np.int64) - 1
-    if len(labels) and not 0 <= labels.min() <= labels.max() < count:
+    labels = _counted(path, classes) - 1 if classes else np.empty(0, np.int64)
+    if len(labels) and labels.max() >= count:
         raise UserError(f"{path}: has a class outside 1 to {count}: download it again")
     return labels
 
@@ -317,15 +334,17 @@ def _from_one(classes: Sequence[Any], count: int, path: Path) -> Array:
 # ---- iNaturalist
 def _inaturalist(root: Path) -> Opened:
     """One class per category of ``train2018.json``, in the order of their numbers (8,142 species)."""
-    folder = _where(root, "train2018.json", "inat2018", "2018")
+    folder = _where(root, ("train2018.json",), "inat2018", "2018")
     path = folder / "train2018.json"
     train = _inaturalist_file(path)
-    given = {row["id"]: str(row.get("name", row["id"])) for row in train.get("categories", [])}
+    categories = [row for row in _rows(train.get("categories")) if isinstance(row.get("id"), int)]
+    given = {row["id"]: str(row.get("name", row["id"])) for row in categories}
     numbers = sorted(given or {row["category_id"] for row in train["annotations"]})
     spoken = folder / "categories.json"  # the names, which the competition's files leave out
     if spoken.exists():
-        rows = [row for row in _json(spoken) if isinstance(row, dict) and "name" in row]
-        given |= {row.get("id", place): str(row["name"]) for place, row in enumerate(rows)}
+        rows = [row for row in _rows(_json(spoken)) if "name" in row]
+        numbered = [(row.get("id", place), str(row["name"])) for place, row in enumerate(rows)]
+        given |= {number: name for number, name in numbered if isinstance(number, int)}
     label = {number: place for place, number in enumerate(numbers)}
 
     def split(name: Split) -> ImageSet:
@@ -344,12 +363,22 @@ def _inaturalist(root: Path) -> Opened:
 def _inaturalist_file(path: Path) -> dict[str, Any]:
     """``images`` and ``annotations`` of a file, whose rows have what is needed."""
     content = _json(path)
-    needed = {"images": ("id", "file_name"), "annotations": ("image_id", "category_id")}
+    needed: dict[str, dict[str, type]] = {
+        "images": {"id": int, "file_name": str},
+        "annotations": {"image_id": int, "category_id": int},
+    }
     for part, keys in needed.items():
-        rows = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(rows, list) or not all(isinstance(r, dict) and set(keys) <= set(r) for r in rows):
+        given = content.get(part) if isinstance(content, dict) else None
+        rows = _rows(given)
+        whole = all(isinstance(row.get(key), kind) for row in rows for key, kind in keys.items())
+        if not isinstance(given, list) or len(rows) < len(given) or not whole:
             raise UserError(f"{path}: its {part} do not all have {' and '.join(keys)}: download it again")
     return content
+
+
+def _rows(content: Any) -> list[dict[str, Any]]:
+    """Those of a JSON list that have keys."""
+    return [row for row in content if isinstance(row, dict)] if isinstance(content, list) else []
 
 
 def _json(path: Path) -> Any:

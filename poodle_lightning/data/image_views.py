@@ -133,7 +133,7 @@ def _policy(word: str, size: int, resampling: Filter) -> Callable[[Image.Image],
     Raises:
         UserError: timm does not know the policy.
     """
-    from timm.data.auto_augment import rand_augment_transform
+    from timm.data import auto_augment
 
     settings = {
         "translate_const": int(0.45 * size),
@@ -143,12 +143,26 @@ def _policy(word: str, size: int, resampling: Filter) -> Callable[[Image.Image],
     try:
         if not _WORD.fullmatch(word):  # timm skips a part without a number in silence
             raise ValueError(word)
-        made: Callable[[Image.Image], Image.Image] = rand_augment_transform(word, settings)
+        made: Callable[[Image.Image], Image.Image] = auto_augment.rand_augment_transform(word, settings)
     except (AssertionError, ValueError, LookupError) as error:
         raise UserError(
             f"views: timm has no policy randaugment {word!r}: write it like rand-m9-mstd0.5-inc1"
         ) from error
+    for operation in getattr(made, "ops", ()):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterized
     return made
+
+
+def _posterized(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """The highest bits of every channel; of magnitude 10 none is left.
+
+    timm's takes it from Pillow, whose newer versions refuse 0 bits.
+    """
+    if bits >= 8:
+        return image
+    kept = 0xFF & ~((1 << (8 - bits)) - 1)
+    return image.point([value & kept for value in range(256)] * len(image.getbands()))
 
 
 @contextmanager

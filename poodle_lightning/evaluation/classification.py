@@ -222,6 +222,20 @@ class LinearProbe(Classifier):
         self._build()
 
     # ---- parts
+    def setup(self, stage: str) -> None:
+        """See ``Classifier``; before a training it reads one image: does the encoder have such vectors?
+
+        Raises:
+            UserError: the encoder has no vector, or not so many blocks.
+        """
+        super().setup(stage)
+        if stage != "fit":
+            return
+        encoder, size = self.the_encoder(), image_data(self).views.size
+        with observed(encoder):
+            image = torch.zeros(1, 3, size, size, device=encoder.mean.device)
+            read_vectors(encoder, image, self.recipe.blocks)
+
     def _build(self) -> None:
         """Makes the layer as soon as encoder and classes are known."""
         if self.head is not None or self.encoder is None or self.class_set is None:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from poodle_lightning.configured import spec
@@ -138,7 +139,7 @@ def _at_pixels(grids: Tensor, patch: int, seen: tuple[int, int], size: tuple[int
     for pixels, network, cells in zip(size, seen, grids.shape[1:], strict=True):
         centres = 2 * torch.arange(pixels) + 1
         places.append((centres * network).div(2 * pixels * patch, rounding_mode="floor").clamp(max=cells))
-    with_border = torch.nn.functional.pad(grids, (0, 1, 0, 1))
+    with_border = F.pad(grids, (0, 1, 0, 1))
     return with_border[:, places[0][:, None], places[1]]
 
 
@@ -159,6 +160,32 @@ def jaccard(masks: Tensor, truth: Tensor, counted: Tensor) -> float:
     both = (masks & inside).sum(dim=(1, 2))
     either = ((masks | truth) & counted).sum(dim=(1, 2))
     return float((both.double() / either.double()).max())
+
+
+def best_of(found: Found, boxes: Tensor, objects: Tensor | None) -> tuple[int, int]:
+    """Which mask and which box are the best of those that were found: of ``head: best`` those that scored.
+
+    Args:
+        found: of one image.
+        boxes: ``(k, 4)``, the true ones.
+        objects: ``(H, W)``, the true objects; without them the mask is that of the box.
+
+    Returns:
+        Their numbers; the first of equal ones.
+    """
+    overlaps = [float(box_iou(box, boxes).max()) if len(boxes) else 0.0 for box in found.boxes]
+    box = overlaps.index(max(overlaps))
+    if objects is None or not bool(((objects > 0) & (objects != IGNORE)).any()):
+        return box, box
+    truth, counted = (objects > 0) & (objects != IGNORE), objects != IGNORE
+    shares = [jaccard(mask[None], truth, counted) for mask in found.masks]
+    return shares.index(max(shares)), box
+
+
+def _nearest(values: Tensor, size: tuple[int, int]) -> Tensor:
+    """Values ``(H, W)`` of any kind at another size, each of its nearest pixel."""
+    large = F.interpolate(values[None, None].double(), size=size, mode="nearest-exact")
+    return large[0, 0].to(values.dtype)
 
 
 class ObjectDiscovery(Evaluation):
@@ -274,11 +301,17 @@ class ObjectDiscovery(Evaluation):
         return (int(batch.index[place]), len(boxes), hit, whole, float(alone.sum()), len(alone))
 
     def on_validation_epoch_end(self) -> None:
-        """Puts the devices' images together; logs ``val/corloc``."""
+        """Puts the devices' images together; logs ``val/corloc``.
+
+        Raises:
+            UserError: no image has a box.
+        """
         rows = torch.tensor(self._rows, dtype=torch.float64).reshape(-1, 6)
         (whole,) = gathered((rows,))
         # in the order of the images, so that sums do not depend on the devices
         self._found = whole[whole[:, 0].argsort()]
+        if not bool((self._found[:, 1] > 0).any()):
+            raise UserError("no image has a box to be found: give another data.split, or data.hard keep")
         self.log("val/corloc", torch.tensor(self._corloc(), device=self.device), sync_dist=True)
 
     def _corloc(self) -> float:
@@ -320,23 +353,32 @@ class ObjectDiscovery(Evaluation):
         return Path(self.trainer.default_root_dir) / "pictures"
 
     def _draw(self, batch: ObjectBatch, place: int, attention: Tensor, found: Found) -> None:
-        """A picture of the image, if it is one of those that are wanted."""
+        """A picture of the image, if it is one that is wanted; of several heads, those that scored."""
         number, total = int(batch.index[place]), self._data().count()
         wanted = min(self.recipe.pictures, total)
         if number not in {i * total // wanted for i in range(wanted)}:
             return
         size, seen = batch.sizes[place], (batch.images[place].shape[-2], batch.images[place].shape[-1])
+        boxes, objects = batch.boxes[place], batch.objects[place]
+        mask, box = best_of(found, boxes, objects)
+        heat = _at_pixels(
+            _chosen(attention, self.recipe.head)[mask : mask + 1], self.the_vit().patch, seen, size
+        )
         image = batch.images[place].cpu().float()[None] / 255.0
-        heat = _at_pixels(_chosen(attention, self.recipe.head)[:1], self.the_vit().patch, seen, size)
-        cells = discovery(
-            torch.nn.functional.interpolate(image, size=size, mode="bilinear", align_corners=False)[0],
-            heat[0],
-            found.masks[0],
-            found.boxes[0],
-            batch.boxes[place],
-            batch.objects[place],
+        image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        # lines are drawn at the picture's size: scaled with it they would be bars, or fade
+        image = fit(image, _PICTURE)
+        shape = (image.shape[-2], image.shape[-1])
+        scale = torch.tensor([shape[1] / size[1], shape[0] / size[0]] * 2, dtype=torch.float64)
+        shown = discovery(
+            image[0],
+            _nearest(heat[0], shape),
+            _nearest(found.masks[mask], shape),
+            found.boxes[box] * scale,
+            boxes * scale,
+            None if objects is None else _nearest(objects, shape),
         )
         self._folder().mkdir(parents=True, exist_ok=True)
-        drawn = sheet([fit(cell[None], _PICTURE)[0] for cell in cells], columns=2, paper=1.0)
+        drawn = sheet(shown, columns=2, paper=1.0)
         name = "".join(letter if letter.isalnum() else "-" for letter in batch.names[place])[:60]
         (self._folder() / f"discovery_{number:05d}_{name}.png").write_bytes(png(drawn))

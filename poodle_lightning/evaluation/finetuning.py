@@ -34,7 +34,7 @@ from poodle_lightning.evaluation.mixing import Mixing
 from poodle_lightning.evaluation.segmentation import seeded, with_drop_path
 from poodle_lightning.evaluation.vectors import image_data, read_vectors
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
-from poodle_lightning.nn.layer_decay import FineTuneRecipe, Rates, finetune_optimizer
+from poodle_lightning.nn.layer_decay import FineTuneRecipe, Rates, finetune_groups, finetune_optimizer
 from poodle_lightning.ops.random import fold, key_of
 from poodle_lightning.types import ClassSet
 
@@ -51,8 +51,8 @@ class FineTune(Classifier):
         recipe: optimiser and rate.
         mixing: mixup, CutMix and smoothing.
         drop_path: stochastic depth; 0.1, and 0 for an encoder that has none.
-        head_scale: the layer's first weights, normal with deviation 0.02 and cut at two of them, are
-            multiplied by this; BEiT: 0.001.
+        head_scale: the layer's first weights, normal with deviation 0.02, are multiplied by this; BEiT:
+            0.001. (The public code cuts them at ±2, a hundred deviations.)
         watch_every: epochs between two scores of the held-out images while training.
         output_stride: see ``Evaluation``.
         decoder: see ``Evaluation``; a vector is always the bare encoder's, and only that is trained.
@@ -81,7 +81,6 @@ class FineTune(Classifier):
         super().__init__(given, output_stride=output_stride, decoder=decoder, classes=classes)
         self.recipe, self.mixing = recipe or FineTuneRecipe(), mixing or Mixing()
         self.head_scale, self.watch_every, self.protocol = head_scale, watch_every, protocol
-        self.drop_path = drop_path
         self.rates: Rates | None = None
         self.head: nn.Linear | None = None
         if self.encoder is not None:
@@ -102,7 +101,7 @@ class FineTune(Classifier):
         # from the seed alone, whatever was drawn before
         with seeded(torch.initial_seed() ^ crc32(b"finetuned layer")):
             head = nn.Linear(self.encoder.vector_dim, len(self.class_set))
-            nn.init.trunc_normal_(head.weight, std=0.02, a=-0.04, b=0.04)
+            nn.init.trunc_normal_(head.weight, std=0.02, a=-2.0, b=2.0)
         with torch.no_grad():
             head.weight.mul_(self.head_scale)
             head.bias.zero_()
@@ -122,6 +121,17 @@ class FineTune(Classifier):
         assert self.head is not None
         found: Tensor = self.head(read_vectors(self.the_encoder(), images))
         return found.float()
+
+    def setup(self, stage: str) -> None:
+        """See ``Classifier``.
+
+        Raises:
+            UserError: there is nothing to train, or ``layer_decay`` for an encoder without blocks.
+        """
+        super().setup(stage)
+        if stage == "fit":  # before anything is trained
+            assert self.head is not None
+            finetune_groups(self.recipe, self.the_encoder(), self.head)
 
     # ---- training
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
@@ -163,7 +173,8 @@ class FineTune(Classifier):
         return {
             "recipe": spec(self.recipe),
             "mixing": spec(self.mixing),
-            "drop_path": self.drop_path,
+            # the network's own, which a checkpoint gives back
+            "drop_path": self.the_encoder().init_args.get("drop_path", 0.0),
             "head_scale": self.head_scale,
         }
 

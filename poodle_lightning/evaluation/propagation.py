@@ -45,14 +45,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from poodle_lightning.configured import spec
-from poodle_lightning.data.davis import DavisDataModule, MaskedVideo, write_masks
+from poodle_lightning.data.davis import DavisDataModule, MaskedVideo, voc_colours, write_masks
+from poodle_lightning.draw.canvas import png
+from poodle_lightning.draw.masks import mask_strip, spread_frames
 from poodle_lightning.evaluation.base import Evaluation, Scores
 from poodle_lightning.evaluation.memory import gathered
 from poodle_lightning.evaluation.video_metrics import BOUND, ObjectScore, score_sequence, summary
-from poodle_lightning.nn.encoder import Encoder
+from poodle_lightning.hub import dilate
+from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.propagation import BUDGET, Ties, Window, propagate
 from poodle_lightning.types import UserError
+
+_PICTURED = 6  # frames of a sequence in its picture
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,8 @@ class PropagationRecipe:
         bound: of the contour measure, share of the diagonal.
         batch: frames per forward pass.
         budget: bytes of working memory for products; like ``batch`` it changes the speed only.
+        pictures: of so many sequences, evenly spread over the list, into ``pictures/`` of the run: frames
+            with their true and found masks.
     """
 
     last: int = 7
@@ -89,12 +96,13 @@ class PropagationRecipe:
     bound: float = BOUND
     batch: int = 4
     budget: int = BUDGET
+    pictures: int = 0
 
     def __post_init__(self) -> None:
         radius = 1 if self.radius is None else self.radius
         numbers = (self.topk, self.temperature, radius, self.bound, self.batch, self.budget)
-        if min(numbers) <= 0 or min(self.last, self.floor) < 0:
-            raise UserError("PropagationRecipe: numbers must be above 0, last and floor 0 or more")
+        if min(numbers) <= 0 or min(self.last, self.floor, self.pictures) < 0:
+            raise UserError("PropagationRecipe: numbers must be above 0, last, floor and pictures 0 or more")
         if self.deviation is not None and (len(self.deviation) != 3 or min(self.deviation) <= 0):
             raise UserError("PropagationRecipe: deviation must be three numbers above 0")
 
@@ -116,7 +124,7 @@ class LabelPropagation(Evaluation):
         decoder: see ``Evaluation``.
 
     Raises:
-        UserError: see ``Evaluation``.
+        UserError: see ``Evaluation``; a vision transformer with an ``output_stride``.
     """
 
     reads_training_images = False
@@ -132,7 +140,9 @@ class LabelPropagation(Evaluation):
         dilation: bool = True,
         decoder: Literal["keep", "drop"] = "keep",
     ) -> None:
-        super().__init__(encoder, output_stride=output_stride, decoder=decoder)
+        super().__init__(encoder, decoder=decoder)
+        if output_stride is not None and self.encoder is not None:
+            self.encoder = strided(self.encoder, output_stride)
         if not dilation and self.encoder is not None:
             self.encoder = undilated(self.encoder)
         self.recipe, self.layer, self.save = recipe or PropagationRecipe(), layer, save
@@ -160,8 +170,12 @@ class LabelPropagation(Evaluation):
         return data
 
     def on_validation_start(self) -> None:
-        """Forgets what was found before."""
+        """Forgets what was found before, pictures too."""
         self.sequences, self._rows, self._frames = {}, [], 0
+        if self.recipe.pictures and self.trainer.is_global_zero:
+            for path in self._folder().glob("propagation_*.png"):
+                path.unlink()
+        self.trainer.strategy.barrier()
 
     def validation_step(self, batch: MaskedVideo, batch_idx: int) -> None:
         """Follows the objects of one sequence, and scores them."""
@@ -170,6 +184,7 @@ class LabelPropagation(Evaluation):
         self._rows += [[batch.index, len(batch), *score.numbers()] for score in scores]
         if self.save is not None:
             write_masks(Path(self.save), batch, masks)
+        self._draw(batch, masks)
 
     def on_validation_epoch_end(self) -> None:
         """Puts the devices' sequences together; logs ``val/j_and_f``."""
@@ -266,6 +281,23 @@ class LabelPropagation(Evaluation):
                 raise UserError("the encoder gives features that are not finite: nothing can be followed")
             yield from F.normalize(maps.float(), dim=1).permute(0, 2, 3, 1).contiguous()
 
+    # ---- pictures
+    def _folder(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "pictures"
+
+    def _draw(self, video: MaskedVideo, masks: Tensor) -> None:
+        """A picture of the sequence, if it is one of those that are wanted."""
+        total = len(self._data().sequences)
+        wanted = min(self.recipe.pictures, total)
+        if video.index not in {i * total // wanted for i in range(wanted)}:
+            return
+        times = spread_frames(len(video), _PICTURED)
+        colours = torch.from_numpy(voc_colours()).float() / 255.0
+        drawn = mask_strip(video.frames[times].float() / 255.0, video.masks[times], masks[times], colours)
+        self._folder().mkdir(parents=True, exist_ok=True)
+        name = "".join(letter if letter.isalnum() else "-" for letter in video.name)[:60]
+        (self._folder() / f"propagation_{video.index:05d}_{name}.png").write_bytes(png(drawn))
+
 
 class _Known:
     """Features and labels of the first frame and of the last ones, in buffers written round and round."""
@@ -325,6 +357,22 @@ def hard_mask(labels: Tensor, size: Size, floor: float = 0.0) -> Tensor:
     low, high = (found[:, None, None] for found in large.flatten(1).aminmax(dim=1))
     stretched = ((large - low) / (high - low + floor)).nan_to_num(nan=torch.inf)
     return torch.where(high > 0, stretched, 0.0).argmax(dim=0).to(torch.uint8)
+
+
+def strided(encoder: Encoder, output_stride: int) -> Encoder:
+    """A ResNet at another stride; one with a decoder keeps the decoder's.
+
+    Raises:
+        UserError: the encoder has no such argument, as vision transformers.
+    """
+    if isinstance(encoder, DecodedEncoder):
+        return encoder
+    if "output_stride" not in encoder.init_args:
+        raise UserError(
+            f"{type(encoder).__name__} cannot be dilated to output_stride {output_stride}: choose a ResNet, "
+            "or, for the last map of a vision transformer, --config evaluation/davis_dino.yaml"
+        )
+    return dilate(encoder, output_stride)
 
 
 def undilated(encoder: Encoder) -> Encoder:

@@ -35,7 +35,7 @@ class FineTuneRecipe:
         course: ``epochs``: the rate stands still within an epoch, and half a cosine runs over all epochs, of
             which the warm-up covers the first (timm's ``CosineLRScheduler``). ``steps``: it moves at every
             optimiser step, and the cosine begins behind the warm-up.
-        weight_decay: of everything but biases and one-dimensional parameters.
+        weight_decay: of everything but one-dimensional parameters, which biases are.
         decay_tokens: also of ``cls_token`` and ``pos_embed``, as iBOT's ViT has it in the first recipe.
         betas: AdamW's.
         eps: AdamW's.
@@ -163,7 +163,7 @@ def finetune_groups(recipe: FineTuneRecipe, encoder: nn.Module, head: nn.Module)
         if not parameter.requires_grad:
             continue
         last = name.rpartition(".")[2]
-        alone = parameter.ndim <= 1 or last == "bias" or (last in _TOKENS and not recipe.decay_tokens)
+        alone = parameter.ndim <= 1 or (last in _TOKENS and not recipe.decay_tokens)
         decay = 0.0 if alone else recipe.weight_decay
         made = groups.setdefault((scale, decay), {"params": [], "weight_decay": decay, "lr_scale": scale})
         made["params"].append(parameter)

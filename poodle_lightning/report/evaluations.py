@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from html import escape
+from typing import Any
 
+from poodle_lightning.data.davis import voc_colours
 from poodle_lightning.draw.curves import Series, curves
 from poodle_lightning.draw.segmentation import class_bars, palette
 from poodle_lightning.report.files import RunFiles
@@ -12,10 +15,17 @@ from poodle_lightning.report.page import Section, chips, data_url, grid, plot, t
 from poodle_lightning.report.results import PICTURES, read_result, words_of
 
 _WORST = " Pictures: image, truth, prediction, errors (red) of the worst images of the worst classes."
-_DISCOVERED = (
-    " Pictures: boxes that are there (green) and the one found (magenta), attention, the mask that it gives, "
-    "and the true objects."
-)
+# What the pictures of a protocol show, where it is not the worst images.
+_SHOWN = {
+    "object discovery": (
+        " Pictures: boxes that are there (green) and the one found (magenta), attention, the mask that it "
+        "gives, and the true objects."
+    ),
+    "DAVIS 2017 label propagation": (
+        " Pictures: frames of a sequence from the first to the last; below them the true masks, then those "
+        "that were found from the first mask alone. Each object has its colour of PASCAL VOC."
+    ),
+}
 
 
 def result(files: RunFiles) -> Section | None:
@@ -42,13 +52,22 @@ def result(files: RunFiles) -> Section | None:
             f"<figcaption>{caption}</figcaption></figure>"
         )
     if cells:
-        names = list(next(iter(measures.values()), {}))
-        colours = palette(names)
-        body += grid(cells, 1, 1) + chips({name: colours[i].tolist() for i, name in enumerate(names)})
+        body += grid(cells, 1, 1) + chips(_key(content))
     sentence = f"{content['protocol']} on the encoder {content['encoder']}, seed {content['seed']}."
     if cells:
-        sentence += _DISCOVERED if content["protocol"] == "object discovery" else _WORST
+        sentence += _SHOWN.get(content["protocol"], _WORST)
     return Section("Evaluation", sentence, body)
+
+
+def _key(content: Mapping[str, Any]) -> dict[str, Sequence[float]]:
+    """What the colours of the pictures mean: classes, or the numbers of the objects of a sequence."""
+    names = list(next(iter(content["per_class"].values()), {}))
+    if content["protocol"] == "DAVIS 2017 label propagation":  # <sequence>_<number>
+        most = max(int(name.rpartition("_")[2]) for name in names) if names else 0
+        shades = voc_colours() / 255.0
+        return {f"object {number}": shades[number].tolist() for number in range(1, most + 1)}
+    colours = palette(names)
+    return {name: colours[place].tolist() for place, name in enumerate(names)}
 
 
 def probes(metrics: dict[str, Series]) -> Section | None:

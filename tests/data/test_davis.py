@@ -47,6 +47,8 @@ def test_some_sequences_alone(root):
     assert [video.name for video in module(root, sequences=["swan"]).val_dataloader()] == ["swan"]
     with pytest.raises(UserError, match=r"cat is not in .*val\.txt"):
         module(root, sequences=["cat"])
+    with pytest.raises(UserError, match=r"sequences: swan is named more than once"):
+        module(root, sequences=["swan", "dog", "swan"])
 
 
 def test_void_is_background(root):
@@ -68,6 +70,9 @@ def test_void_is_background(root):
         ((480, 854), 1, (480, 854)),  # VFS, mmcv's rescale_size
         ((1080, 1920), 1, (480, 853)),
         ((720, 1281), 1, (480, 854)),
+        ((1080, 1921), 1, (480, 854)),  # 853.8
+        ((960, 1709), 1, (480, 855)),  # 854.5 goes up
+        ((1709, 960), 1, (855, 480)),
         ((500, 500), 1, (480, 480)),
     ],
 )

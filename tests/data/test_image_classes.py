@@ -82,7 +82,7 @@ def test_what_is_missing_is_said_in_one_line(root, tmp_path):
         ImageClassDataModule(str(tmp_path / "nowhere"))
     for path in (root / "val" / "cat").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="the class cat has no image in val"):
+    with pytest.raises(UserError, match="the class cat has no image in val: add some"):
         module(root)
     (root / "val" / "cat").rmdir()
     with pytest.raises(UserError, match="the class cat of train is not there"):

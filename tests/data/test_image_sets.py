@@ -9,7 +9,7 @@ import image_trees
 import numpy as np
 import pytest
 import torch
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 from torchvision.datasets import StanfordCars
 
 from poodle_lightning.data.image_classes import ImageClassDataModule, ImageViews
@@ -81,7 +81,7 @@ def test_a_damaged_pickle_is_one_line(tmp_path, content):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [({b"data": [1]}, "rows of 3,072 bytes"), ({b"labels": [1, 2]}, "for every image"),
-     ({b"labels": [*range(9), 10]}, "from 0 to 9")],
+     ({b"labels": [*range(9), 10]}, "from 0 to 9"), ({b"labels": [[]] * 10}, "for every image")],
 )  # fmt: skip
 def test_a_cifar_file_with_other_content_is_one_line(tmp_path, wrong, said):
     image_trees.cifar10(tmp_path)
@@ -118,6 +118,11 @@ def test_cars_with_a_devkit_are_torchvisions(tmp_path):
     assert len(open_images("cars", tmp_path).split("train")) == 5  # the folder above
 
 
+def test_both_layouts_of_cars_may_be_a_folder_below(tmp_path):
+    image_trees.cars(tmp_path / "cars")
+    assert len(open_images("cars", tmp_path).split("train")) == 5
+
+
 def test_inaturalist_goes_by_the_annotations(tmp_path):
     found = opened(tmp_path, "inat18")
     assert found.classes == ("Felis catus", "Apis (1)", "Apis (2)")
@@ -125,6 +130,9 @@ def test_inaturalist_goes_by_the_annotations(tmp_path):
     assert train.labels.tolist() == [1, 2, 0, 1, 2, 0]
     assert val.labels.tolist() == [1, 2, 0]
     assert abs(int(val.read(1).mean()) - 7 * 31) <= 2
+    for strange in ("{}", "3", '[3, {"id": [], "name": "x"}]'):
+        (tmp_path / "categories.json").write_text(strange)
+        assert open_images("inat18", tmp_path).classes == ("3", "5", "9")
     (tmp_path / "categories.json").unlink()
     assert open_images("inat18", tmp_path).classes == ("3", "5", "9")
 
@@ -147,6 +155,34 @@ def test_every_source_gives_batches(tmp_path, source):
 def without(file, *keys):
     """A MATLAB file that has only these variables."""
     return lambda root: savemat(root / file, {key: np.zeros((1, 3)) for key in keys})
+
+
+def saved(file, **content):
+    return lambda root: savemat(root / file, content)
+
+
+def python2_file(file, content):
+    return lambda root: image_trees.write_python2(root / "cifar-10-batches-py" / file, content)
+
+
+def car_class(value):
+    """The class of one car is another thing."""
+
+    def harm(root):
+        content = loadmat(root / "cars_annos.mat")
+        content["annotations"][0, 0]["class"] = value
+        savemat(root / "cars_annos.mat", {key: content[key] for key in ("annotations", "class_names")})
+
+    return harm
+
+
+def in_json(part, key, value):
+    def harm(root):
+        content = json.loads((root / "val2018.json").read_text())
+        content[part][0][key] = value
+        (root / "val2018.json").write_text(json.dumps(content))
+
+    return harm
 
 
 def read_all(source, root):
@@ -173,16 +209,33 @@ def drop_category(root):
     [
         ("cifar10", gone("cifar-10-batches-py/batches.meta"), "has no batches.meta"),
         ("cifar10", gone("cifar-10-batches-py/data_batch_4"), "data_batch_4: the file is missing"),
+        ("cifar10", python2_file("batches.meta", {b"label_names": [[]] * 10}), "does not name the 10"),
         ("cifar100", lambda root: image_trees.write_python2(root / "meta", {b"a": 1}), "does not name the"),
         ("flowers102", gone("setid.mat"), "setid.mat: the file is missing"),
         ("flowers102", holds("setid.mat", b"x" * 200), "setid.mat: cannot be read as a MATLAB file"),
         ("flowers102", without("setid.mat", "trnid"), "has no variable valid"),
-        ("flowers102", without("imagelabels.mat", "labels"), "has no label for"),
+        ("flowers102", saved("imagelabels.mat", labels=[[1, 2, 3]]), "has no label for"),
+        *(
+            ("flowers102", saved("imagelabels.mat", labels=labels), "imagelabels.mat: has no list of whole")
+            for labels in (np.zeros((1, 0)), np.array([["rose"]]), [[1, np.nan]], [[0, 1]], [[1.5]])
+        ),
+        (
+            "flowers102",
+            saved("setid.mat", trnid=[[1]], valid=[["b"]], tstid=[[2]]),
+            "setid.mat: has no list of whole",
+        ),
         ("cars", without("cars_annos.mat", "annotations", "class_names"), "no field relative_im_path"),
-        ("cars", gone("cars_annos.mat"), "has no devkit"),
+        ("cars", gone("cars_annos.mat"), "has no cars_annos.mat and no devkit"),
+        ("cars", car_class("Saab"), "cars_annos.mat: has no list of whole"),
+        ("cars", car_class(np.zeros((1, 2))), "cars_annos.mat: has no list of whole"),
+        ("cars", car_class(4), "outside 1 to 3"),
         ("inat18", gone("val2018.json"), "val2018.json: the file is missing"),
         ("inat18", holds("val2018.json", b"{"), "cannot be read as JSON"),
         ("inat18", holds("val2018.json", b"{}"), "do not all have id and file_name"),
+        ("inat18", in_json("images", "id", [1]), "do not all have id and file_name"),
+        ("inat18", in_json("images", "file_name", 3), "do not all have id and file_name"),
+        ("inat18", in_json("annotations", "image_id", {}), "do not all have image_id and category_id"),
+        ("inat18", in_json("annotations", "category_id", None), "do not all have image_id and category_id"),
         ("inat18", drop_category, "has no category of train2018.json"),
     ],
 )
@@ -198,7 +251,7 @@ def test_a_class_without_a_held_out_image_is_one_line(tmp_path):
     root = image_trees.flowers102(tmp_path)
     sets = {"trnid": [[5, 1, 3]], "valid": [[2]], "tstid": [[9, 4, 7]]}
     savemat(root / "setid.mat", {key: np.array(value, np.uint16) for key, value in sets.items()})
-    with pytest.raises(UserError, match=r"the class flower 2 has no image in val \(and 0 more\)"):
+    with pytest.raises(UserError, match=r"the class flower 2 has no image in val: add some"):
         ImageClassDataModule(str(root), source="flowers102").setup()
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import CenterCrop, Compose, RandomResizedCrop, Resize
 from torchvision.transforms import functional as TF
 from torchvision.transforms.functional import InterpolationMode
 
-from poodle_lightning.data.image_views import ImageViews, erased_box, global_draws
+from poodle_lightning.data.image_views import ImageViews, _policy, erased_box, global_draws
 from poodle_lightning.nn.encoder import IMAGENET_MEAN, IMAGENET_STD
 from poodle_lightning.ops.random import bernoulli, fold, key_of
 from poodle_lightning.types import UserError
@@ -100,6 +100,21 @@ def test_randaugment_is_timms_with_the_draws_of_the_key():
         assert np.array_equal(found, views.train(image, key))
         changed += not np.array_equal(found, before)
     assert 4 < changed < 12  # two operations of probability 0.5
+
+
+def test_posterizing_keeps_the_highest_bits_and_none_of_them_is_black():
+    """Pillow refuses 0 bits since 13; timm draws them where the magnitude is 10."""
+    (operation,) = [op for op in _policy(POLICY, 24, "bicubic").ops if op.name == "PosterizeIncreasing"]
+    assert operation.aug_fn is not posterize
+    image = picture(20, 30, seed=6)
+    for bits in range(9):
+        found = np.asarray(operation.aug_fn(Image.fromarray(image), bits))
+        assert np.array_equal(found, image & (255 & ~(2 ** (8 - bits) - 1)))
+        if bits:
+            assert np.array_equal(found, np.asarray(posterize(Image.fromarray(image), bits)))
+    # a view that draws the operation at its full strength
+    views = ImageViews(size=24, resize=24, randaugment=POLICY)
+    assert views.train(image, key_of(0, 0, 99, 0)).shape == (24, 24, 3)
 
 
 def test_randaugment_leaves_the_global_generators_alone():

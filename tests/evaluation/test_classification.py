@@ -11,6 +11,7 @@ from PIL import Image
 from sklearn.neighbors import KNeighborsClassifier
 from tiny_models import tiny_encoder
 
+from poodle_lightning import cli, save_pretrained
 from poodle_lightning.data.image_classes import ImageBatch, ImageClassDataModule, ImageViews
 from poodle_lightning.data.label_streets import StreetLabels
 from poodle_lightning.data.labelled import LabelledDataModule
@@ -113,7 +114,7 @@ def test_a_class_without_a_held_out_image_is_one_line(root, tmp_path, kind):
     shutil.copytree(root, tmp_path / "classes")
     for path in (tmp_path / "classes" / "val" / "bee").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"the class bee has no image in val \(and 0 more\)"):
+    with pytest.raises(UserError, match=r"the class bee has no image in val: add some"):
         trainer().validate(kind(Colour()), datamodule=data(str(tmp_path / "classes")), verbose=False)
 
 
@@ -241,6 +242,29 @@ def test_blocks_that_are_not_there_are_refused(blocks):
     encoder = tiny_encoder() if blocks == 2 else ViT(patch=8, dim=24, depth=3, heads=2, image_size=(16, 16))
     with pytest.raises(UserError, match="set blocks to 1"):
         read_vectors(encoder, torch.rand(1, 3, 16, 16), blocks)
+
+
+def test_a_probe_that_cannot_be_read_is_refused_before_it_is_trained(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vit = ViT(patch=8, dim=12, depth=2, heads=2, image_size=(16, 16))
+    started = []
+
+    class Watch(L.Callback):
+        def on_fit_start(self, trainer, module):
+            started.append(module)
+
+    with pytest.raises(UserError, match="blocks 3: only a ViT"):
+        trainer(max_epochs=1, callbacks=[Watch()]).fit(
+            LinearProbe(vit, recipe=ProbeRecipe(blocks=3)), datamodule=data(root)
+        )
+    assert not started
+    save_pretrained(vit, "encoder")
+    words = ["evaluate", "--config", "evaluation/linear_probe_imagenet_vits.yaml", "--encoder", "encoder"]
+    words += [f"--data.root={root}", "--data.num_workers=0", "--data.views={size: 16, resize: 16}"]
+    words += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--data.batch_size=8"]
+    assert cli.main(words) == 2
+    assert "error: blocks 4: only a ViT" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_a_batch_moves_and_keeps_its_names():

@@ -18,7 +18,14 @@ from torchvision.ops import box_iou
 from poodle_lightning import cli, save_pretrained
 from poodle_lightning.data.image_classes import ImageClassDataModule
 from poodle_lightning.data.objects import ObjectDataModule
-from poodle_lightning.evaluation.discovery import DiscoveryRecipe, ObjectDiscovery, find_objects, jaccard
+from poodle_lightning.evaluation.discovery import (
+    DiscoveryRecipe,
+    Found,
+    ObjectDiscovery,
+    best_of,
+    find_objects,
+    jaccard,
+)
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import Features, UserError
@@ -182,6 +189,27 @@ def test_two_equal_objects_are_half_found_each(tmp_path):
     assert scores == {"corloc": 1.0, "jaccard": 1.0, "jaccard_object": 0.5, "jaccard_object_image": 0.5}
 
 
+def test_a_box_is_cut_at_the_images_border(tmp_path):
+    """51×37 px, filled up to 56×40: the object's patches reach beyond the image, its box does not."""
+    attention = torch.full((1, 7, 5), 1e-6)
+    attention[0, 3:, 2:] = 1.0
+    (box,) = find_objects(attention, PATCH, (51, 37), (51, 37), DiscoveryRecipe()).boxes.tolist()
+    assert box == [16, 24, 37, 51]
+    lost = find_objects(attention, PATCH, (51, 37), (51, 37), DiscoveryRecipe(compat="lost"))
+    assert lost.boxes.tolist() == [[0, 0, 40, 56]]  # of one piece its code takes the ground, uncut
+    voc_objects(tmp_path, {"a": ((51, 37), [Thing(24, 16, 51, 37)])})
+    # all four sides agree
+    assert validated(tmp_path, DiscoveryRecipe(mass=0.96, overlap=1.0)).scores().scores["corloc"] == 1.0
+
+
+def test_half_an_overlap_counts(tmp_path):
+    """One piece of two objects side by side: its box is twice each of theirs."""
+    voc_objects(tmp_path, {"a": ((40, 64), [Thing(8, 16, 24, 32), Thing(8, 32, 24, 48)])})
+    assert validated(tmp_path, DiscoveryRecipe(mass=0.99)).scores().scores["corloc"] == 1.0
+    above = DiscoveryRecipe(mass=0.99, overlap=0.501)
+    assert validated(tmp_path, above).scores().scores["corloc"] == 0.0
+
+
 def test_batches_change_nothing(root):
     one = validated(root, batch_size=1)
     many = validated(root, batch_size=4)
@@ -229,7 +257,56 @@ def test_pictures_are_of_images_spread_over_the_split(root, tmp_path):
         pixels = np.asarray(picture).astype(int)
     cell = pixels[:200, :320]  # 5 times as large: the true box's border in green, the found one's in magenta
     assert (np.abs(cell - [0, 217, 51]).sum(-1) < 6).any()
-    assert (np.abs(cell - [255, 0, 255]).sum(-1) < 6).any()
+    found = np.abs(cell - [255, 0, 255]).sum(-1) < 6
+    assert found.any()
+    # the lines are not enlarged: two pixels, on the left side of the box
+    left = np.flatnonzero(found.any(axis=0))[0]
+    middle = (np.flatnonzero(found[:, left])[0] + np.flatnonzero(found[:, left])[-1]) // 2
+    assert found[middle, left : left + 8].sum() == 2
+
+
+def test_lines_stay_whole_where_an_image_is_made_smaller(tmp_path):
+    voc_objects(tmp_path / "voc", {"a": ((400, 1200), [Thing(80, 160, 240, 400)])})
+    validated(tmp_path / "voc", DiscoveryRecipe(pictures=1), folder=tmp_path)
+    (path,) = (tmp_path / "pictures").iterdir()
+    with Image.open(path) as picture:
+        cell = np.asarray(picture).astype(int)[:120, :360]
+    found = np.abs(cell - [255, 0, 255]).sum(-1) < 6
+    rows, columns = np.flatnonzero(found.any(axis=1)), np.flatnonzero(found.any(axis=0))
+    assert found[rows[0], columns[0] : columns[-1] + 1].all()
+
+
+def test_of_several_heads_the_picture_shows_those_that_scored():
+    masks = torch.zeros(3, 10, 12, dtype=torch.bool)
+    masks[0, :2, :2], masks[1, 2:8, 3:9], masks[2, 2:8, 2:6] = True, True, True
+    boxes = torch.tensor([[0, 0, 2, 2], [3, 2, 12, 10], [2, 2, 6, 8]]).double()
+    objects = torch.zeros(10, 12, dtype=torch.uint8)
+    objects[2:8, 3:9] = 1
+    found, truth = Found(masks, boxes), torch.tensor([[2.0, 2.0, 6.0, 9.0]]).double()
+    assert best_of(found, truth, objects) == (1, 2)
+    assert best_of(found, truth, None) == (2, 2)
+    assert best_of(found, torch.empty(0, 4), objects) == (1, 0)
+
+
+def test_a_picture_of_the_best_head_has_its_attention(tmp_path):
+    """The object is bright in the third channel alone: of that head are box, heat and mask."""
+    voc_objects(tmp_path / "voc", {"a": ((40, 64), [Thing(8, 16, 24, 40)])})
+    pixels = np.full((40, 64, 3), 20, np.uint8)
+    pixels[8:24, 16:40, 2] = 220
+    pixels[32:40, 56:64, :2] = 220  # what the other heads see
+    Image.fromarray(pixels).save(tmp_path / "voc/JPEGImages/a.jpg", quality=100, subsampling=0)
+    validated(tmp_path / "voc", DiscoveryRecipe(pictures=1, head="best", mass=0.9), folder=tmp_path)
+    (path,) = (tmp_path / "pictures").iterdir()
+    with Image.open(path) as picture:
+        drawn = np.asarray(picture).astype(int)
+    boxed, heat, mask = drawn[:200, :320], drawn[:200, 324:], drawn[204:, :320]
+    inside, elsewhere = (slice(60, 100), slice(100, 180)), (slice(165, 195), slice(285, 315))
+    magenta = np.abs(boxed - [255, 0, 255]).sum(-1) < 6
+    assert magenta[40:120, 80:200].any()
+    assert not magenta[elsewhere].any()
+    assert heat[inside].sum() / 3200 > heat[elsewhere].sum() / 900 + 100
+    assert (mask[inside][..., 0] > 100).all()
+    assert (mask[inside][..., 1] < 100).all()
 
 
 # ---- what cannot be
@@ -238,6 +315,12 @@ def test_encoders_without_attention_of_cls():
         ObjectDiscovery(ResNet(10, width=8))
     with pytest.raises(UserError, match="class token"):
         ObjectDiscovery(ViT(patch=8, dim=12, depth=1, heads=3, image_size=(16, 16), class_token=False))
+
+
+def test_images_without_a_box_have_no_corloc(tmp_path):
+    voc_objects(tmp_path, {"a": ((40, 64), [Thing(8, 16, 24, 40, truncated=1)])})
+    with pytest.raises(UserError, match=r"no image has a box to be found: .*data\.split.*data\.hard keep"):
+        validated(tmp_path, task="detection", split="trainval", hard="drop")
 
 
 def test_data_without_objects(tmp_path):

@@ -148,6 +148,72 @@ def test_is_the_loop(root, recipe, encoder, layer, view):
     assert len(np.unique(wanted)) == 3
 
 
+def test_images_are_divided_by_the_given_deviation(root):
+    deviation = (0.1, 0.4, 0.9)
+    video = data_of(root).read(0)
+    found = list(
+        LabelPropagation(Colours(), recipe=replace(DINO, deviation=deviation))._features(video.frames)
+    )
+    assert len(found) == 5
+    for frame, features in zip(video.frames.double().numpy() / 255, found, strict=True):
+        cells = frame.reshape(3, 8, 4, 12, 4).mean(axis=(2, 4)).transpose(1, 2, 0)
+        cells = (cells - [0.485, 0.456, 0.406]) / deviation
+        wanted = cells / np.linalg.norm(cells, axis=-1, keepdims=True)
+        assert np.abs(features.numpy() - wanted).max() < 1e-4
+
+
+def test_the_first_mask_goes_to_the_cells_at_once(root):
+    """24×32 is shown of 32×48: by way of that size other pixels would be at the cells' centres."""
+    torch.manual_seed(0)
+    model = LabelPropagation(tiny_vit(), recipe=replace(DINO, deviation=None)).eval()
+    video = data_of(root, view=FrameView(24, 8)).read(0)
+    noise = torch.randint(0, 3, video.masks.shape, dtype=torch.uint8)
+    video = replace(video, masks=noise)
+    mask = noise[0].numpy()
+    through = looped_nearest(looped_nearest(mask, (24, 32)), (3, 4))
+    assert not np.array_equal(through, looped_nearest(mask, (3, 4)))
+    with torch.no_grad():
+        found = model.predict_masks(video)
+        maps = model.encoder(video.frames.float() / 255).last
+    wanted = looped(model.recipe, maps, mask, 2, (24, 32))
+    # of so few cells labels are equal on whole lines, where rounding decides
+    assert (found.numpy() != wanted).mean() < 0.02
+    # of another first mask at the cells, others would be found
+    stood = np.kron(through, np.ones((11, 12), int))[:32]
+    assert np.array_equal(looped_nearest(stood, (3, 4)), through)
+    assert (looped(model.recipe, maps, stood, 2, (24, 32))[1:] != wanted[1:]).mean() > 0.1
+
+
+# ---- pictures
+def test_pictures_are_of_sequences_spread_over_the_list(tmp_path):
+    root = davis(tmp_path / "DAVIS", [("dog", 8, 2), ("cat", 4, 1), ("swan", 4, 1), ("a/b", 4, 1)])
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/propagation_00009_old.png").write_bytes(b"")
+    recipe = PropagationRecipe(last=2, topk=3, radius=3, pictures=2)
+    model = LabelPropagation(Colours(), recipe=recipe)
+    L.Trainer(**OFF, default_root_dir=tmp_path).validate(model, datamodule=data_of(root), verbose=False)
+    files = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert files == ["propagation_00000_dog.png", "propagation_00002_swan.png"]
+    with Image.open(tmp_path / "pictures" / files[0]) as picture:
+        pixels = np.asarray(picture)
+    # six of eight frames, each 240×160: shown, true, found
+    assert pixels.shape == (3 * 160 + 8, 6 * 240 + 20, 3)
+    for column, time in enumerate([0, 1, 3, 4, 6, 7]):
+        left, mask = 244 * column, ids(time)
+        true, found = (pixels[top : top + 160, left : left + 240].astype(int) for top in (164, 328))
+        for number, colour in ((1, [128, 0, 0]), (2, [0, 128, 0])):
+            there = np.kron(mask == number, np.ones((5, 5), bool))
+            border = there & ~(
+                np.roll(there, 1, 0) & np.roll(there, -1, 0) & np.roll(there, 1, 1) & np.roll(there, -1, 1)
+            )
+            inside = border[1:-1, 1:-1].nonzero()
+            assert (np.abs(true[1:-1, 1:-1][inside] - colour).sum(-1) <= 2).all()
+    assert np.array_equal(true.shape, found.shape)
+    # the first mask was given
+    assert np.array_equal(pixels[164:324, :240], pixels[328:488, :240])
+    assert not np.array_equal(pixels[164:324, -240:], pixels[:160, -240:])
+
+
 # ---- easy videos
 def test_colours_are_followed(root):
     recipe = PropagationRecipe(last=2, topk=3, temperature=0.05, radius=3)
@@ -244,6 +310,8 @@ def test_what_cannot_be_measured_is_one_line(root):
         validated(LabelPropagation(tiny_encoder(), layer="layer9"), data_of(root))
     with pytest.raises(UserError, match="dilation false"):
         LabelPropagation(tiny_encoder(), dilation=False)
+    with pytest.raises(UserError, match=r"ViT cannot be dilated.*--config evaluation/davis_dino\.yaml"):
+        LabelPropagation(tiny_vit(), output_stride=8, dilation=False)
     with pytest.raises(UserError, match="no result yet"):
         LabelPropagation(tiny_encoder()).scores()
     broken = tiny_encoder()
@@ -277,6 +345,12 @@ def test_one_command(root, tmp_path, monkeypatch, config, encoder, words):
     assert found["counts"]["frames"] == 9
     assert "| dog_2 |" in (run / "result.md").read_text()
     assert len(list(Path("masks/dog").glob("*.png"))) == 5
+    assert len(list((run / "pictures").glob("propagation_*.png"))) == 2
+    assert cli.main(["report", "--run", str(run)]) == 0
+    page = (run / "report/index.html").read_text(encoding="utf-8")
+    assert "below them the true masks" in page
+    assert "propagation_00001_swan" in page
+    assert "object 2" in page
 
 
 def test_a_missing_sequence_is_one_line(root, tmp_path, monkeypatch, capsys):
@@ -293,7 +367,7 @@ def test_a_missing_sequence_is_one_line(root, tmp_path, monkeypatch, capsys):
 # ---- the shipped protocols
 def test_the_configs_have_the_numbers_of_the_public_code(root):
     dino, data = cli.build(["evaluation/davis_dino.yaml"], [f"--data.root={root}"])
-    assert dino.recipe == PropagationRecipe(deviation=(0.228, 0.224, 0.225))
+    assert dino.recipe == PropagationRecipe(deviation=(0.228, 0.224, 0.225), pictures=6)
     assert (dino.recipe.last, dino.recipe.topk, dino.recipe.temperature, dino.recipe.radius) == (
         7,
         5,

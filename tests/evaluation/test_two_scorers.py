@@ -48,7 +48,9 @@ def found(tmp_path_factory):
     return [alone, *(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))]
 
 
-@pytest.mark.parametrize("name", ["retrieval", "clustering", "knn", "discovery", "probe"])
+@pytest.mark.parametrize(
+    "name", ["retrieval", "clustering", "knn", "discovery", "propagation", "probe", "finetune"]
+)
 def test_two_processes_score_like_one(found, name):
     one, first, second = (json.dumps(result[name]) for result in found)
     assert first == one
@@ -71,3 +73,17 @@ def test_the_probes_steps_are_those_of_the_whole_batch(found):
     one, first, second = (np.array(result["weights"]) for result in found)
     assert np.abs(one - first).max() < 1e-5
     assert np.array_equal(first, second)
+
+
+def test_finetunings_steps_are_those_of_the_whole_batch(found):
+    for layer in range(2):
+        one, first, second = (np.array(result["tuned"][layer]) for result in found)
+        assert np.abs(one - first).max() < 1e-5
+        assert np.array_equal(first, second)
+
+
+def test_every_process_mixes_its_batches_otherwise(found):
+    one, first, second = (result["mixing"] for result in found)
+    assert len(one) == 2
+    assert first == one  # a function of seed, step and device
+    assert not set(first) & set(second)
