@@ -26,6 +26,8 @@ _EXTRAS = {"tensorboard": "log", "wandb": "wandb"}
 _WANTED = re.compile(r"(Expected [^\n]+?)\. Got value: ([^\n]*)")
 _YAML = re.compile(r"Problems parsing config: ([^\n]+)")
 _NESTED = re.compile(r"NestedArg\(key='([^']+)'")
+_REFUSAL = re.compile(r"Problem with given class_path '([^']+)':\s+Option '[^']+' is not accepted")
+_GIVEN = re.compile(r"^( *)Given value: ([^\n]*)", re.MULTILINE)
 _LINE = re.compile(r"line (\d+), column (\d+)")
 
 
@@ -128,11 +130,17 @@ def _unknown_option(message: str, flags: list[str]) -> str | None:
     found = _UNKNOWN_OPTION.search(message)
     if found is None:
         return None
+    refused = _REFUSAL.findall(message)
+    if len(refused) > 1 and _WANTED.search(message):
+        return None  # of several classes that were tried, one has the option: its value is wrong
     classes = _CLASS.findall(message[: found.start()])
-    owner = classes[-1] if classes else ""
+    owner = _nearest(found[1], refused) or (classes[-1] if classes else "")
     known = _parameters(owner)
     option = next((part for part in found[1].split(".") if part not in known), found[1])
     where = f"{_key(message, found.start())}.{option}"
+    if len(refused) > 1 and not did_you_mean(option, known):
+        names = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in refused))
+        return f"{where}: none of {names} has such an option"
     return f"{where}: {owner.rsplit('.', 1)[-1]} has no such option{did_you_mean(option, known)}"
 
 
@@ -173,11 +181,27 @@ def _wrong_value(message: str) -> str:
     if found is not None:
         return f"{_key(message, found.start())}: {_type_words(found[1])}, not {found[2]}"
     wanted = [text for text in re.findall(r"- (Expected [^\n:]+)", message) if "path" not in text]
-    value = re.findall(r"Given value: ([^\n]*)", message)
-    if wanted and value:
+    values = _GIVEN.findall(message)
+    if wanted and values:
         types = list(dict.fromkeys(_type_words(text).removeprefix("expected ") for text in wanted))
-        return f"{_key(message, len(message))}: expected {' or '.join(types)}, not {value[-1]}"
+        where, last = _key(message, len(message)), values[-1][1]
+        if "null" in types and last.startswith("NestedArg(") and last.endswith("val=None)"):
+            # on its way down to the option the parser makes a word of it
+            return f"{where}: null cannot be given here: set it in a file and add --config FILE"
+        # what was given to the option itself, not to an object around it
+        value = max(values, key=lambda found: len(found[0]))[1]
+        return f"{where}: expected {' or '.join(types)}, not {value}"
     return " ".join(message.split())
+
+
+def _nearest(option: str, classes: list[str]) -> str | None:
+    """Of classes that have no such option, the one with the most similar."""
+
+    def likeness(path: str) -> float:
+        known = _parameters(path)
+        return max((difflib.SequenceMatcher(None, option, name).ratio() for name in known), default=0.0)
+
+    return max(classes, key=likeness) if classes else None
 
 
 def _type_words(text: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from poodle_lightning.analysis.flops import Counter, counted
 from poodle_lightning.analysis.peaks import peak_flops
 from poodle_lightning.data.image_classes import ImageBatch
-from poodle_lightning.types import LabelledBatch
+from poodle_lightning.types import Clip, LabelledBatch
 
 _log = logging.getLogger(__name__)
 _GIB = 2.0**30
@@ -27,8 +27,8 @@ _GIB = 2.0**30
 class Throughput(L.Callback):
     """Logs the speed, the wait for data, the arithmetic and the memory of each logging interval.
 
-    * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out); labelled
-      images are ``perf/images_per_s``.
+    * ``perf/pairs_per_s``: clips of all devices per second of training (validation is left out), pairs or
+      not; shown as clips/s where they are none. Labelled images are ``perf/images_per_s``.
     * ``perf/data_wait``: share of the training time in which the host stood waiting for the next batch. The
       device may still have been at work, so this is an upper bound of what faster data would save.
     * ``perf/tflops``: floating-point operations a second of one device, 10¹²: convolutions and products of
@@ -45,6 +45,7 @@ class Throughput(L.Callback):
     def __init__(self, print_every: float | None = None) -> None:
         self.print_every = print_every
         self.latest: dict[str, float] = {}
+        self._key = "perf/pairs_per_s"
         self._unit = "pairs"
         self._counting = ExitStack()
         self._counter: Counter | None = None
@@ -89,7 +90,8 @@ class Throughput(L.Callback):
             self._counter = None
         self._left = time.perf_counter()
         self._worked += self._left - self._began
-        self._unit = "images" if isinstance(batch, LabelledBatch | ImageBatch) else "pairs"
+        self._unit = _unit_of(batch)
+        self._key = "perf/images_per_s" if self._unit == "images" else "perf/pairs_per_s"
         self._pairs += clips_in(batch) * trainer.world_size
         step = trainer.global_step
         self._steps += step - self._last_step
@@ -107,7 +109,7 @@ class Throughput(L.Callback):
 
     def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any) -> None:
         elapsed = self._worked + self._waited
-        perf = {f"perf/{self._unit}_per_s": self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
+        perf = {self._key: self._pairs / elapsed, "perf/data_wait": self._waited / elapsed}
         if self._flops_per_clip is not None:
             flops = self._flops_per_clip * self._pairs / trainer.world_size / elapsed
             perf["perf/tflops"] = flops / 1e12
@@ -156,8 +158,8 @@ class Throughput(L.Callback):
         words: dict[str, str] = {}
         if "loss" in self.latest:
             words["loss"] = f"{self.latest['loss']:.4f}"
-        if f"perf/{self._unit}_per_s" in self.latest:
-            words[f"{self._unit}/s"] = f"{self.latest[f'perf/{self._unit}_per_s']:.3g}"
+        if self._key in self.latest:
+            words[f"{self._unit}/s"] = f"{self.latest[self._key]:.3g}"
             words["data wait"] = f"{100 * self.latest['perf/data_wait']:.0f}%"
         if "perf/mfu" in self.latest:
             words["MFU"] = f"{100 * self.latest['perf/mfu']:.0f}%"
@@ -203,6 +205,13 @@ def _resident_peak() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _unit_of(batch: Any) -> str:
+    """What a batch holds, as the progress line calls it."""
+    if isinstance(batch, LabelledBatch | ImageBatch):
+        return "images"
+    return "clips" if isinstance(batch, Clip) and batch.frames.shape[1] != 2 else "pairs"
 
 
 def clips_in(batch: Any) -> int:

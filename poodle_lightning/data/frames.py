@@ -120,13 +120,17 @@ def _opened(path: Path) -> Iterator[Any]:
             if image.width * image.height > MAX_PIXELS:
                 raise DecodeError("too_many_pixels", f"{path.name}: {image.width}×{image.height} px")
             yield image
+    except (DecodeError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
         raise DecodeError("too_many_pixels", _named(path, error)) from error
     except FileNotFoundError as error:
         raise DecodeError("missing", f"{path.name}: no such file") from error
     except PermissionError as error:
         raise DecodeError("unreadable", f"{path.name}: no permission to read it") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+    except Exception as error:
+        # whatever a damaged file leads to, which no list covers: beside OSError, SyntaxError and ValueError,
+        # EXIF alone gives struct.error, AttributeError and TypeError
         raise DecodeError("corrupt", _named(path, error)) from error
 
 

@@ -116,6 +116,8 @@ def index_file(path: str | Path, *, cache: bool = True, max_pixels: int = MAX_PI
     file = Path(os.path.abspath(Path(path).expanduser()))
     if file.is_dir():
         raise UserError(f"{str(file)!r} is a folder, not a film; set --data.root to the file")
+    if not file.exists():
+        raise UserError(f"{str(file)!r}: no such film; set --data.root to the file")
     return _index(file, [str(file)], cache, 0, max_pixels)
 
 

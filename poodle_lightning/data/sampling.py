@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.ops.random import fold, uniform
+from poodle_lightning.types import UserError
 
 # Seconds that rounding may take from a stretch that was cut to a clip's length: less than any clock's tick.
 SLACK = 1e-6
@@ -112,18 +113,24 @@ class PairSampler:
 
 @dataclass(frozen=True)
 class ClipSampler:
-    """``frames`` frames, ``step`` seconds apart, from a random start.
-
-    Raises:
-        ValueError: no frames, or a step that is not positive.
-    """
+    """``frames`` frames, ``step`` seconds apart, from a random start; see ``check``."""
 
     frames: int
     step: float
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what makes no sense.
+
+        Not done while it is made: the command line tries every kind of sampler on a configuration, and takes
+        whatever that raises for "not of this kind".
+
+        Raises:
+            UserError: no frames, or a step that is not positive.
+        """
         if self.frames < 1 or not 0 < self.step < math.inf:
-            raise ValueError(f"a clip needs frames ≥ 1 and step > 0, not {self.frames} and {self.step}")
+            raise UserError(
+                f"data.sampler: a clip needs frames >= 1 and step > 0 s, not {self.frames} and {self.step}"
+            )
 
     @property
     def span(self) -> float:
@@ -144,17 +151,22 @@ class ClipSampler:
 class WindowSampler:
     """``frames`` frames at independent uniform times of a window of ``seconds`` at a random place.
 
-    Raises:
-        ValueError: no frames, or a window that is negative.
+    What makes no sense is refused by ``check``.
     """
 
     frames: int
     seconds: float
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what makes no sense; not done while it is made, see ``ClipSampler.check``.
+
+        Raises:
+            UserError: no frames, or a window that is negative.
+        """
         if self.frames < 1 or not 0 <= self.seconds < math.inf:
-            raise ValueError(
-                f"a window needs frames ≥ 1 and seconds ≥ 0, not {self.frames} and {self.seconds}"
+            raise UserError(
+                "data.sampler: a window needs frames >= 1 and seconds >= 0,"
+                f" not {self.frames} and {self.seconds}"
             )
 
     @property

@@ -18,9 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, repeat
+from math import inf
 from multiprocessing import get_context
 from pathlib import Path
+from time import monotonic
 from typing import Any, Literal, cast
 
 import cv2
@@ -31,6 +33,7 @@ from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.index import cache_folder, save_whole
 from poodle_lightning.data.info import DecodeError, VideoInfo, check_file
 from poodle_lightning.data.sources import Reader
+from poodle_lightning.data.subsets import lasting
 from poodle_lightning.types import Skip, UserError
 
 Shot = tuple[float, float]
@@ -47,6 +50,8 @@ _PIECE = 300.0
 _OVER_DAMAGE = 1.0
 # To the next frame: more than half of the way to it, so that no rounding to the clock leads back.
 _ONWARD = 0.75
+# Seconds between two lines that say how far a search is.
+_REPORT_EVERY = 30.0
 
 
 @dataclass(frozen=True)
@@ -107,43 +112,49 @@ def shots(
 
 
 def find_shots(
-    videos: Sequence[VideoInfo], detector: Detector, *, workers: int = 0, cache: bool = True
+    videos: Sequence[VideoInfo],
+    detector: Detector,
+    *,
+    workers: int = 0,
+    cache: bool = True,
+    until: Sequence[float] | None = None,
 ) -> list[list[Shot] | Skip]:
     """The shots of many videos; a ``Skip`` for each that cannot be read any more.
+
+    What was found of a video is kept as soon as it is complete: a search that is broken off goes on there.
 
     Args:
         videos: as measured.
         detector: settings.
         workers: processes, which share long films too; 0 is this one.
         cache: keep and use what was found in earlier runs.
+        until: seconds up to which each video is looked through, its end at most; None is all of each.
     """
-    stores = [_store(video, detector) for video in videos]
-    known = [_load(store) if cache else None for store in stores]
+    ends = [min(stop, video.duration) for stop, video in zip(until or repeat(inf), videos, strict=False)]
+    stops = zip(videos, ends, strict=True)
+    found = [_recall(video, detector, end) if cache else None for video, end in stops]
     pieces = [
-        (number, start, min(start + _PIECE, video.duration))
-        for number, video in enumerate(videos)
-        if known[number] is None
-        for start in np.arange(0.0, max(video.duration, 1e-9), _PIECE).tolist()
+        (number, start, min(start + _PIECE, end))
+        for number, end in enumerate(ends)
+        if found[number] is None
+        for start in np.arange(0.0, max(end, 1e-9), _PIECE).tolist()
     ]
-    if len(pieces) > 1:  # minutes of work
-        hours = sum(stop - start for _, start, stop in pieces) / 3600
-        rank_zero_info(f"Looking for the cuts in {hours:.2g} h of video, once for all runs")
-    outcomes = _work(partial(_look, detector=detector), [(videos[n], a, b) for n, a, b in pieces], workers)
-    found: dict[int, list[Cut]] = {number: [] for number, _, _ in pieces}
-    failed: dict[int, Skip] = {}
-    for (number, _, _), outcome in zip(pieces, outcomes, strict=True):
+    tasks = [(videos[number], start, stop) for number, start, stop in pieces]
+    last = {number: place for place, (number, _, _) in enumerate(pieces)}
+    results: list[list[Shot] | Skip | None] = [*found]
+    cuts: dict[int, list[Cut]] = {number: [] for number in last}
+    outcomes = _told(tasks, _work(partial(_look, detector=detector), tasks, workers))
+    for place, ((number, _, _), outcome) in enumerate(zip(pieces, outcomes, strict=True)):
         if isinstance(outcome, Skip):
-            failed.setdefault(number, outcome)
+            results[number] = results[number] or outcome
         else:
-            found[number] += outcome
-    results: list[list[Shot] | Skip] = []
-    for number, (video, before) in enumerate(zip(videos, known, strict=True)):
-        if before is None and number not in failed:
-            before = between(found[number], video.duration)
+            cuts[number] += outcome
+        if place == last[number] and results[number] is None:
+            results[number] = between(cuts[number], ends[number])
             if cache:
-                save_whole(stores[number], {"settings": asdict(detector), "shots": before})
-        results.append(failed[number] if before is None else before)
-    return results
+                store = _store(videos[number], detector, ends[number])
+                save_whole(store, {"settings": asdict(detector), "shots": results[number]})
+    return cast(list[list[Shot] | Skip], results)
 
 
 def between(cuts: Sequence[Cut], duration: float) -> list[Shot]:
@@ -253,19 +264,49 @@ def _look(piece: tuple[VideoInfo, float, float], detector: Detector) -> list[Cut
 
 def _work(
     task: Any, pieces: Sequence[tuple[VideoInfo, float, float]], workers: int
-) -> list[list[Cut] | Skip]:
+) -> Iterator[list[Cut] | Skip]:
+    """What is found in each piece, in order, as soon as it is there."""
     if workers < 1 or len(pieces) < 2:
-        return [task(piece) for piece in pieces]
+        yield from map(task, pieces)
+        return
     # fresh interpreters, as the index has them: forking a process that holds decoder threads can hang
     with ProcessPoolExecutor(min(workers, len(pieces)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(task, pieces))
+        yield from pool.map(task, pieces)
+
+
+def _told(
+    pieces: Sequence[tuple[VideoInfo, float, float]], outcomes: Iterator[list[Cut] | Skip]
+) -> Iterator[list[Cut] | Skip]:
+    """The outcomes, and lines that say how far a long search is."""
+    total, done = sum(stop - start for _, start, stop in pieces), 0.0
+    if len(pieces) > 1:  # minutes of work
+        rank_zero_info(f"Looking for the cuts in {lasting(total)} of video, once for all runs")
+    began = told = monotonic()
+    for (_, start, stop), outcome in zip(pieces, outcomes, strict=True):
+        yield outcome
+        done += stop - start
+        now = monotonic()
+        if now - told >= _REPORT_EVERY and done < total:
+            told = now
+            left = lasting((now - began) * (total - done) / done)
+            rank_zero_info(f"Looked for cuts in {lasting(done)} of {lasting(total)}, about {left} to go")
 
 
 # ---- what is remembered
-def _store(video: VideoInfo, detector: Detector) -> Path:
-    settings = json.dumps([video.fingerprint, asdict(detector)], sort_keys=True)
+def _store(video: VideoInfo, detector: Detector, end: float) -> Path:
+    """Where the shots up to a time are kept; those of a whole video where any other part of it finds them."""
+    part = [] if end == video.duration else [end]
+    settings = json.dumps([video.fingerprint, asdict(detector), *part], sort_keys=True)
     name = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
     return cache_folder() / "shots" / f"{name}.json"
+
+
+def _recall(video: VideoInfo, detector: Detector, end: float) -> list[Shot] | None:
+    """Shots up to a time, of an earlier run that looked as far or at all of the video."""
+    whole = _load(_store(video, detector, video.duration))
+    if whole is None:
+        return _load(_store(video, detector, end))
+    return [(start, min(stop, end)) for start, stop in whole if start <= end]
 
 
 def _load(store: Path) -> list[Shot] | None:

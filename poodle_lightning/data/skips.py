@@ -198,7 +198,7 @@ class Ledger:
     def _verdict(self) -> str:
         failed = self.skipped.total()
         return (
-            f"{failed} of {self.requested} requested videos could not be used ({listed(self.skipped)}):"
+            f"{failed} of {self.requested} requests could not be used ({listed(self.skipped)}):"
             f" more than max_skip_fraction {self.max_skip_fraction:g}{self._where()};"
             " mend or remove them, or raise it"
         )

@@ -1,7 +1,8 @@
 """Which videos train, which are held out, and how long ones are cut.
 
 What is done to a source's entries, in this order: those too short for a clip are left out; ``hours`` draws a
-subset; some are held out; cuts, ``clip_seconds`` or ``start_every`` divide what is left of each side.
+subset; with ``cuts`` to avoid, those without a long enough shot are left out; some are held out; cuts,
+``clip_seconds`` or ``start_every`` divide what is left of each side.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from poodle_lightning.data.starts import StartTimes
 from poodle_lightning.data.subsets import of_hours, pick
 from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import Skip, UserError
+
+# Seconds between held-out clips of one frame, which never overlap however close they are.
+_STILLS_APART = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Division:
         val_fraction: see :func:`held_out`.
         clip_seconds: see :func:`segments`.
         start_every: seconds from start to start, see ``StartTimes``. Held-out clips do not overlap each
-            other: neighbouring starts would show nearly the same.
+            other, and single frames are a second apart: neighbouring starts would show nearly the same.
         hours: see ``of_hours``.
         cuts: ``avoid`` takes the shots of each video, as ``data.shots`` finds them, for videos.
 
@@ -90,38 +94,64 @@ class Division:
             )
         if self.hours is not None:
             usable = of_hours(usable, self.hours, self.seed, self.span)
+        shots: Mapping[str, list[Shot]] = {}
+        if self.cuts == "avoid":
+            # before any is held out: those left out are not to be the ones
+            shots, failed = _shots(source, usable, workers)
+            usable, short = self._with_room(usable, shots, name)
+            left_out += failed + short
         train, val = held_out(usable, self.val_fraction, self.span, self.seed, apart=self.start_every or 0.0)
         if self.cuts == "avoid":
-            shots, failed = _shots(source, usable, workers)
-            left_out += failed
-            train, val = (self._within(part, shots, name) for part in (train, val))
-            short = {entry.path for entry in usable if entry.path in shots}
-            short -= {entry.path for part in (train, val) for entry in part}
-            why = f"no shot lasts the {self.span:g} s that a clip needs"
-            left_out += tuple(Skip(path, "too_short", why) for path in sorted(short))
+            train = self._within(train, shots, name, "beginning that trains")
+            val = self._within(val, shots, name, "held-out end")
         if self.clip_seconds is not None:
             train, val = (segments(part, self.clip_seconds, self.span) for part in (train, val))
         if self.start_every is not None:
-            apart = max(self.start_every, self.span)
+            apart = max(self.start_every, self.span or _STILLS_APART)
             train, val = StartTimes(train, self.start_every, self.span), StartTimes(val, apart, self.span)
         return Parts(train, val, left_out)
 
-    def _within(self, entries: Sequence[Entry], shots: Mapping[str, list[Shot]], name: str) -> list[Entry]:
-        """The shots of the entries that hold a clip, as entries."""
-        parts = [
-            replace(entry, start=max(entry.start, start), stop=min(entry.stop, stop))
-            for entry in entries
-            for start, stop in shots.get(entry.path, ())
-            if start <= entry.stop and stop >= entry.start
-        ]
-        found = [part for part in parts if part.duration >= self.span - SLACK]
+    def _with_room(
+        self, entries: Sequence[Entry], shots: Mapping[str, list[Shot]], name: str
+    ) -> tuple[list[Entry], tuple[Skip, ...]]:
+        """Entries with a shot that holds a clip, and the others that have shots as skips."""
+        found, short = [], []
+        for entry in entries:
+            if any(map(self._holds_clip, _shots_of(entry, shots))):
+                found.append(entry)
+            elif entry.path in shots:
+                why = f"no shot lasts the {self.span:g} s that a clip needs"
+                short.append(Skip(entry.path, "too_short", why))
+        if not found:
+            self._within(entries, shots, name)  # raises
+        return found, tuple(short)
+
+    def _within(
+        self, entries: Sequence[Entry], shots: Mapping[str, list[Shot]], name: str, part: str = ""
+    ) -> list[Entry]:
+        """The shots of the entries that hold a clip, as entries; ``part``: which of a film, for messages."""
+        parts = [shot for entry in entries for shot in _shots_of(entry, shots)]
+        found = list(filter(self._holds_clip, parts))
         if entries and not found:
-            longest = max((part.duration for part in parts), default=0.0)
+            longest = max((shot.duration for shot in parts), default=0.0)
+            of, fraction = (f" of the {part}", " another val_fraction,") if part else ("", "")
             raise UserError(
-                f"{name}: none of {len(parts)} shots lasts the {self.span:g} s that a clip needs (the longest"
-                f" {longest:.2f} s): use fewer or closer frames, another val_fraction, or cuts keep"
+                f"{name}: none of {len(parts)} shots{of} lasts the {self.span:g} s that a clip needs (the"
+                f" longest {longest:.2f} s): use fewer or closer frames,{fraction} or cuts keep"
             )
         return found
+
+    def _holds_clip(self, shot: Entry) -> bool:
+        return shot.duration >= self.span - SLACK
+
+
+def _shots_of(entry: Entry, shots: Mapping[str, list[Shot]]) -> list[Entry]:
+    """What of an entry lies in each shot of its video, as entries."""
+    return [
+        replace(entry, start=max(entry.start, start), stop=min(entry.stop, stop))
+        for start, stop in shots.get(entry.path, ())
+        if start <= entry.stop and stop >= entry.start
+    ]
 
 
 def _shots(
@@ -129,8 +159,9 @@ def _shots(
 ) -> tuple[dict[str, list[Shot]], tuple[Skip, ...]]:
     """The shots of every video by its path, and the videos that cannot be read through."""
     if not isinstance(source, FolderSource):
-        raise UserError("cuts avoid is for video files: leave it out for other sources")
-    found = find_shots([source.video(entry) for entry in entries], Detector(), workers=workers)
+        raise UserError("cuts avoid is for video files: set --data.cuts keep")
+    videos = [source.video(entry) for entry in entries]
+    found = find_shots(videos, Detector(), workers=workers, until=[entry.stop for entry in entries])
     pairs = list(zip(entries, found, strict=True))
     failed = tuple(shots for _, shots in pairs if isinstance(shots, Skip))
     if len(failed) == len(pairs):
@@ -181,6 +212,8 @@ def held_out(
 
 
 def _in_time(entry: Entry, fraction: float, span: float, apart: float) -> tuple[list[Entry], list[Entry]]:
+    if entry.duration == 0:
+        raise UserError(f"{entry.path}: a single image is not divided: set val_fraction to 0 or add more")
     cut = entry.stop - max(fraction * entry.duration, span)
     if cut - apart <= entry.start or cut - apart - entry.start < span:
         raise UserError(

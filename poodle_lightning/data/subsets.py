@@ -44,6 +44,13 @@ def pick(entries: Sequence[Entry], numbers: np.ndarray) -> Sequence[Entry]:
     return Picked(entries, numbers)
 
 
+def lasting(seconds: float) -> str:
+    """A length of time in words: hours, below 0.1 h minutes, below a minute seconds."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 3600:.3g} h" if seconds >= 360 else f"{seconds / 60:.2g} min"
+
+
 def of_hours(entries: Sequence[Entry], hours: float, seed: int, span: float = 0.0) -> list[Entry]:
     """Videos drawn at random until they last ``hours`` in all, in their old order.
 
@@ -64,9 +71,8 @@ def of_hours(entries: Sequence[Entry], hours: float, seed: int, span: float = 0.
     wanted = hours * 3600.0
     total = sum(entry.duration for entry in entries)
     if total < wanted:
-        raise UserError(
-            f"hours {hours:g}: the {len(entries)} videos last {total / 3600:.3g} h in all; ask for less"
-        )
+        which = "the video lasts" if len(entries) == 1 else f"the {len(entries)} videos last"
+        raise UserError(f"hours {hours:g}: {which} {lasting(total)} in all; ask for less")
     found: dict[int, Entry] = {}
     for number in permutation(key_of(seed, "hours").reshape(1), len(entries))[0].tolist():
         entry = entries[number]

@@ -20,7 +20,7 @@ from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batch
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
 from poodle_lightning.data.skips import Ledger, listed
 from poodle_lightning.data.sources import Entry, Source
-from poodle_lightning.data.split import Division
+from poodle_lightning.data.split import Division, Parts
 from poodle_lightning.data.streets import StreetSet
 from poodle_lightning.data.windows import TooSmall, WindowRule
 from poodle_lightning.ops.geometry import Size
@@ -62,7 +62,8 @@ class VideoDataModule(L.LightningDataModule):
         clip_seconds: cut longer videos into stretches of this length, each of which counts as a video
             (Walking Tours: 10 s).
         start_every: or: one item per such step of time, each a clip that begins there, so that an epoch takes
-            every start once (DoRA: 1/30 or 1/60 s, every frame). Held-out clips then do not overlap.
+            every start once (DoRA: 1/30 or 1/60 s, every frame). Held-out clips then do not overlap, and
+            single frames are a second apart.
         cuts: ``avoid`` draws clips from within the shots of films, each of which then counts as a video; a
             detector finds them once (``data.shots``). ``keep`` does not care.
         hours: of all videos, take some at random that last so long in all.
@@ -148,6 +149,7 @@ class VideoDataModule(L.LightningDataModule):
         self.source: Source | None = None
         self.train_entries: Sequence[Entry] = []
         self.val_entries: Sequence[Entry] = []
+        self._parts: Parts | None = None
         self._too_short: tuple[Skip, ...] = ()
         self._resumed_order: dict[str, int] | None = None
         self._check()
@@ -167,7 +169,7 @@ class VideoDataModule(L.LightningDataModule):
         """Measure the videos, and find their shots, once per machine; the others read what is cached."""
         self.source = self.source or self.origin.open()
         if self.division.cuts == "avoid":
-            self.division.of(self.source, self.origin.name, self.num_workers)
+            self._divided(self.source)  # kept: without a cache to write to, hours of film are looked at once
 
     def setup(self, stage: str | None = None) -> None:
         """List the videos and hold some out.
@@ -177,7 +179,7 @@ class VideoDataModule(L.LightningDataModule):
         """
         self.source = self.source or self.origin.open()
         if not len(self.train_entries):
-            parts = self.division.of(self.source, self.origin.name, self.num_workers)
+            parts = self._divided(self.source)
             self.train_entries, self.val_entries, self._too_short = parts.train, parts.val, parts.left_out
             if self.pixels == "yuv" and (why := self._why_rgb()):
                 rank_zero_warn(f"pixels yuv has no effect, all batches are RGB: {why}")
@@ -190,6 +192,11 @@ class VideoDataModule(L.LightningDataModule):
             if refused and stage == "fit":
                 reasons = listed(Counter(skip.reason for skip in refused))
                 rank_zero_warn(f"{len(refused)} files are left out ({reasons}): see skipped.jsonl")
+
+    def _divided(self, source: Source) -> Parts:
+        if self._parts is None:
+            self._parts = self.division.of(source, self.origin.name, self.num_workers)
+        return self._parts
 
     # ---- loaders
     def train_dataloader(self) -> ClipLoader:
@@ -332,13 +339,18 @@ class VideoDataModule(L.LightningDataModule):
         return window.factor != (1, 1)
 
     def _check(self) -> None:
-        if self.source_name == "images" and (self.sampler.span or self.division.hours):
+        division = self.division
+        if self.source_name == "images" and (
+            self.sampler.span or division.hours or division.clip_seconds or division.start_every
+        ):
             raise UserError(
                 "source images: an image has one moment and no length; give --data.gap [0, 0] or"
-                " a ClipSampler of frames 1, and no hours"
+                " a ClipSampler of frames 1, and no hours, clip_seconds or start_every"
             )
-        if self.division.cuts == "avoid" and self.source_name in NO_FILMS:
-            raise UserError(f"cuts avoid is for video files: leave it out for source {self.source_name}")
+        if division.cuts == "avoid" and self.source_name in NO_FILMS:
+            raise UserError(
+                f"cuts avoid is for video files: set --data.cuts keep for source {self.source_name}"
+            )
         if self.batch_size < 1 or self.batch_size % self.clips_per_video:
             raise UserError(
                 f"batch_size {self.batch_size} must be a multiple of pairs_per_video {self.clips_per_video}"
@@ -370,6 +382,8 @@ def _pair(size: Sequence[int]) -> Size:
 def _sampler(
     given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int, spread: float | None
 ) -> Sampler:
+    if isinstance(given, ClipSampler | WindowSampler):
+        given.check()
     if given is not None:
         return given
     try:

@@ -31,12 +31,10 @@ def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> F
         2N rows on the grid of ``clean``: first → second frame of every pair, then second → first.
 
     Raises:
-        ValueError: ``clean`` is not a batch of pairs.
+        UserError: the clips are no pairs.
+        ValueError: ``clean`` is of another shape.
     """
-    if clean.ndim != 5 or clean.shape[1] != 2:
-        raise ValueError(
-            f"flow is between two frames: clean must be (N, 2, 3, H, W), not {tuple(clean.shape)}"
-        )
+    _check_pairs(clean)
     given = clip.given_flow()
     if given is None:
         return estimate(clean)
@@ -51,6 +49,17 @@ def complete(clip: Clip, clean: Tensor, estimate: Callable[[Tensor], Flow]) -> F
     displacement = flow.displacement.clone()
     displacement[rows] = torch.where(keep, displacement[rows], estimated.to(displacement))
     return Flow(displacement)
+
+
+def _check_pairs(clean: Tensor) -> None:
+    if clean.ndim != 5:
+        raise ValueError(f"flow is between frames: clean must be (N, 2, 3, H, W), not {tuple(clean.shape)}")
+    if clean.shape[1] != 2:
+        frames = "one frame" if clean.shape[1] == 1 else f"{clean.shape[1]} frames"
+        raise UserError(
+            f"this method learns from pairs of frames, the data gives clips of {frames}: leave out"
+            " data.sampler (--data.sampler null draws pairs by data.gap), or use another data config"
+        )
 
 
 def _to(x: Tensor, device: torch.device) -> Tensor:
@@ -81,6 +90,11 @@ class ZeroFlow(Configured, FlowEstimator):
     """No motion, whatever the clip knows: the ablation in which a pixel is matched with its own place."""
 
     def __call__(self, clip: Clip, clean: Tensor) -> Flow:
-        """Zeros on the grid of ``clean``; see ``FlowEstimator``."""
+        """Zeros on the grid of ``clean``; see ``FlowEstimator``.
+
+        Raises:
+            UserError: the clips are no pairs.
+        """
+        _check_pairs(clean)
         pairs, height, width = len(clean), clean.shape[-2], clean.shape[-1]
         return Flow(torch.zeros(2 * pairs, 2, height, width, device=clean.device))

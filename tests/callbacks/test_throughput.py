@@ -103,6 +103,23 @@ def test_a_line_says_what_is_left(trained):
     assert set(throughput.words()) == {"loss", "pairs/s", "data wait", "MFU", "GiB", "ETA"}
 
 
+class OfClips(Model):
+    def training_step(self, batch, batch_idx):
+        return self.net(batch.frames[:, 0, 0, 0, :4].float()).mean()
+
+
+@pytest.mark.parametrize(("frames", "unit"), [(2, "pairs"), (3, "clips")])
+def test_clips_of_other_than_two_frames_are_no_pairs(tmp_path, frames, unit):
+    throughput = Throughput()
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+        callbacks=[throughput], enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(OfClips(), torch.utils.data.DataLoader([make_clip(frames=frames)] * 2, batch_size=None))
+    assert f"{unit}/s" in throughput.words()
+    assert "perf/pairs_per_s" in throughput.latest  # under one name in all runs
+
+
 def test_clips_are_counted_in_any_batch():
     assert clips_in(make_clip(batch=3)) == 3
     assert clips_in([torch.ones(5, 2), torch.ones(7)]) == 5

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from poodle_lightning.data.frames import FramesSource
+from poodle_lightning.data import frames as module
+from poodle_lightning.data.frames import FramesSource, load_image
 from poodle_lightning.data.info import DecodeError
 from poodle_lightning.types import UserError
 
@@ -112,3 +113,33 @@ def test_missing_and_empty_folders_are_named(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             FramesSource(root, rate)
+
+
+# byte of the EXIF block's TIFF part, and what is written there: the ids of the tags 0x010f and 0x011a, a type
+@pytest.mark.parametrize(("place", "value"), [(11, 0), (35, 13), (37, 2)])
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_damaged_exif_block_is_a_damaged_image(tmp_path, place, value):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x011A] = "Maker", 6, 72.0
+    path = tmp_path / "0.jpg"
+    Image.fromarray(noise(0)).save(path, exif=exif)
+    assert load_image(path).shape == (30, 20, 3)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"Exif\0\0") + 6 + place] = value
+    path.write_bytes(content)
+    # Pillow: struct.error, AttributeError, TypeError
+    with pytest.raises(DecodeError, match=r"0\.jpg: \S") as caught:
+        load_image(path)
+    assert caught.value.reason == "corrupt"
+
+
+def test_what_is_no_fault_of_the_file_is_not_taken_for_one(tmp_path, monkeypatch):
+    Image.fromarray(noise(0)).save(tmp_path / "0.png")
+    for error in (MemoryError, KeyboardInterrupt):
+
+        def fail(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
+        with pytest.raises(error):
+            module.load_image(tmp_path / "0.png")

@@ -9,6 +9,7 @@ from scipy.stats import kstest
 
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, TooShort, WindowSampler, split_long
 from poodle_lightning.ops.random import key_of
+from poodle_lightning.types import UserError
 
 SAMPLERS = [
     PairSampler(),
@@ -106,16 +107,27 @@ def test_window_frames_are_sorted_and_uniform():
         lambda: PairSampler(gap=(0.5, float("inf"))),
         lambda: PairSampler(pairs_per_video=0),
         lambda: PairSampler(jitter=-1.0),
-        lambda: ClipSampler(frames=0, step=0.1),
-        lambda: ClipSampler(frames=2, step=0.0),
-        lambda: WindowSampler(frames=0, seconds=1.0),
-        lambda: WindowSampler(frames=2, seconds=-1.0),
         lambda: split_long([], seconds=0.0),
     ],
 )
 def test_senseless_settings(make):
     with pytest.raises(ValueError, match="not"):
         make()
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ClipSampler(frames=0, step=0.1),
+        ClipSampler(frames=2, step=0.0),
+        ClipSampler(frames=2, step=float("nan")),
+        WindowSampler(frames=0, seconds=1.0),
+        WindowSampler(frames=2, seconds=-1.0),
+    ],
+)
+def test_senseless_clips_are_refused_in_one_line(sampler):
+    with pytest.raises(UserError, match=r"^data\.sampler: a .* needs frames >= 1 and .* not \d"):
+        sampler.check()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from poodle_lightning.data import shots as module
-from poodle_lightning.data.decode import probe
+from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.encode import write_video
 from poodle_lightning.data.info import DecodeError
 from poodle_lightning.data.sampling import ClipSampler
@@ -166,6 +166,85 @@ def test_a_film_that_went_is_a_skip(films, tmp_path):
         shots(tmp_path / "a.mp4")
 
 
+def test_a_video_is_looked_through_as_far_as_it_is_wanted(films, monkeypatch):
+    videos, end = [probe(films / "cuts.mp4"), probe(films / "motion.mp4")], 1.5
+    whole = find_shots(videos, Detector(), cache=False)
+    part = find_shots(videos, Detector(), until=[end, 99.0])
+    assert part == [[(0.0, whole[0][0][1]), (whole[0][1][0], end)], whole[1]]
+    times, read = [], VideoReader.read
+
+    def watched(self, wanted, box=None):
+        times.extend(wanted)
+        return read(self, wanted, box)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VideoReader, "read", watched)
+        # the part is remembered, and is not taken for the whole
+        assert find_shots(videos, Detector(), until=[end, 99.0]) == part
+        assert times == []
+        find_shots(videos, Detector(), cache=False, until=[end, 0.5])
+        assert 1.5 < max(times) < 2.2  # a little further, for flashes
+        assert find_shots(videos, Detector()) == whole
+        times.clear()
+        # nor is a part looked for where the whole is known
+        assert find_shots(videos, Detector(), until=[1.4, 99.0])[0][-1] == (whole[0][1][0], 1.4)
+        assert times == []
+
+
+def test_hours_are_not_looked_beyond(films, tmp_path, monkeypatch):
+    shutil.copy(films / "motion.mp4", tmp_path / "a.mp4")
+    seen, pieces = module._look, []
+    monkeypatch.setattr(
+        module, "_look", lambda piece, detector: pieces.append(piece) or seen(piece, detector)
+    )
+    (entry,) = clips(tmp_path, hours=1.5 / 3600).train_entries
+    assert (entry.start, entry.stop) == (0.0, pytest.approx(1.5))
+    assert [(start, stop) for _, start, stop in pieces] == [(0.0, pytest.approx(1.5))]
+
+
+def test_a_search_that_is_broken_off_goes_on_where_it_was(films, monkeypatch):
+    videos = [probe(films / f"{name}.mp4") for name in ("cuts", "flash", "motion")]
+    whole = find_shots(videos, Detector(), cache=False)
+    look, looked = module._look, []
+
+    def broken(piece, detector):
+        looked.append(piece[0].path)
+        if piece[0] == videos[1] and len(looked) < 3:
+            raise KeyboardInterrupt
+        return look(piece, detector)
+
+    monkeypatch.setattr(module, "_look", broken)
+    with pytest.raises(KeyboardInterrupt):
+        find_shots(videos, Detector())
+    assert looked == [video.path for video in videos[:2]]
+    assert find_shots(videos, Detector()) == whole
+    assert looked[2:] == [video.path for video in videos[1:]]
+
+
+def test_without_a_cache_to_write_to_videos_are_looked_through_once(films, tmp_path, monkeypatch):
+    shutil.copy(films / "cuts.mp4", tmp_path / "a.mp4")
+    look, looked = module._look, []
+    monkeypatch.setattr(module, "save_whole", lambda store, content: None)
+    monkeypatch.setattr(
+        module, "_look", lambda piece, detector: looked.append(piece) or look(piece, detector)
+    )
+    assert len(clips(tmp_path).train_entries) == 3  # prepare_data, then setup
+    assert len(looked) == 1
+
+
+def test_a_long_search_says_how_far_it_is(films, monkeypatch):
+    said = []
+    monkeypatch.setattr(module, "rank_zero_info", said.append)
+    monkeypatch.setattr(module, "_PIECE", 1.0)
+    videos = [probe(films / f"{name}.mp4") for name in ("cuts", "motion")]  # 2.5 and 2.95 s
+    find_shots(videos, Detector(), cache=False)
+    assert said == ["Looking for the cuts in 5.5 s of video, once for all runs"]
+    monkeypatch.setattr(module, "_REPORT_EVERY", 0.0)
+    find_shots(videos, Detector(), cache=False)
+    told = [line.partition(", about ")[0] for line in said[2:]]
+    assert told == [f"Looked for cuts in {done} s of 5.5 s" for done in ("1", "2", "2.5", "3.5", "4.5")]
+
+
 def test_errors_are_one_line(films, monkeypatch):
     for wrong in ({"threshold": 0.0}, {"flash": -1.0}, {"step": -1.0}):
         with pytest.raises(UserError, match="shots: threshold"):
@@ -223,5 +302,5 @@ def test_shots_too_short_are_left_out_and_films_of_them_named(films, tmp_path):
         UserError, match=r"none of 3 shots lasts the 2 s that a clip needs \(the longest 1.45"
     ):
         clips(tmp_path, sampler=ClipSampler(2, 2.0))
-    with pytest.raises(UserError, match="cuts avoid is for video files"):
+    with pytest.raises(UserError, match=r"cuts avoid is for video files: set --data\.cuts keep"):
         VideoDataModule("synthetic", cuts="avoid")

@@ -45,7 +45,7 @@ def test_requested_is_used_plus_skipped(tmp_path):
 def test_the_limit_is_judged_after_enough_requests(good, bad, stops):
     ledger = Ledger(0.01)
     if stops:
-        with pytest.raises(TooManySkipped, match=f"{bad} of {good + bad} requested videos"):
+        with pytest.raises(TooManySkipped, match=f"{bad} of {good + bad} requests could not"):
             ledger.train(good, (BAD,) * bad, 0, 0)
     else:
         ledger.train(good, (BAD,) * bad, 0, 0)

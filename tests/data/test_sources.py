@@ -142,7 +142,7 @@ def test_a_film_is_one_file(tmp_path):
     (tmp_path / "text.mp4").write_text("no video")
     for wrong, message in (
         ("", "is a folder, not a film; set --data.root to the file"),
-        ("c.mp4", "no such file"),
+        ("c.mp4", "no such film; set --data.root to the file"),
         ("text.mp4", "no known video container"),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from poodle_lightning.data import split as module
 from poodle_lightning.data.sources import Entry
 from poodle_lightning.data.split import Division, held_out, long_enough, segments
 from poodle_lightning.data.starts import StartTimes
@@ -53,6 +54,11 @@ def test_one_video_is_held_out_at_its_end():
 def test_one_short_video_cannot_be_divided(duration, span):
     with pytest.raises(UserError, match="set val_fraction to 0"):
         held_out(entries(duration), 0.1, span, seed=0)
+
+
+def test_one_image_cannot_be_divided():
+    with pytest.raises(UserError, match="v0: a single image is not divided"):
+        held_out(entries(0.0), 0.1, 0.0, seed=0)
 
 
 def test_segments_cover_a_video_and_hold_a_clip_each():
@@ -104,6 +110,53 @@ def test_start_times_are_made_of_what_is_left():
     assert [entry.start for entry in parts.train] == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert [entry.start for entry in parts.val] == [0.0, 2.0]
     assert {e.path for e in parts.train}.isdisjoint(e.path for e in parts.val)
+
+
+def test_held_out_frames_are_a_second_apart():
+    parts = Division(0.0, val_fraction=0.5, start_every=0.1).of(Videos(3.0, 3.0), "films")
+    assert len(parts.train) == 31
+    assert [entry.start for entry in parts.val] == [0.0, 1.0, 2.0, 3.0]
+
+
+def with_shots(monkeypatch, **shots):
+    monkeypatch.setattr(module, "_shots", lambda source, entries, workers: (shots, ()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_videos_without_a_long_shot_are_left_out_before_some_are_held_out(monkeypatch, seed):
+    quick = [(0.0, 0.9), (1.0, 1.9), (2.0, 4.0 - 1e-3)]
+    with_shots(monkeypatch, v0=quick, v1=[(0.0, 4.0)], v2=quick, v3=[(0.0, 1.0), (1.0, 4.0)], v4=[(0.0, 4.0)])
+    division = Division(2.0, val_fraction=0.4, cuts="avoid", seed=seed)
+    parts = division.of(Videos(*[4.0] * 5), "films")
+    assert [(skip.path, skip.reason) for skip in parts.left_out] == [
+        ("v0", "too_short"),
+        ("v2", "too_short"),
+    ]
+    assert (len(parts.train), len(parts.val)) == (2, 1)
+    assert {entry.path for entry in (*parts.train, *parts.val)} == {"v1", "v3", "v4"}
+
+
+@pytest.mark.parametrize(
+    ("shots", "message"),
+    [
+        ([(0.0, 7.5), (7.6, 9.5), (9.6, 10.0)], "none of 2 shots of the held-out end lasts the 2 s"),
+        ([(0.0, 1.5), (1.6, 3.0), (3.1, 4.9), (5.0, 10.0)], None),
+        ([*((k * 1.0, k + 0.9) for k in range(8)), (8.0, 10.0)], "shots of the beginning that trains lasts"),
+        ([(0.0, 1.5), (1.6, 3.0)], "none of 2 shots lasts the 2 s"),
+    ],
+)
+def test_the_part_of_a_film_that_has_no_long_shot_is_named(monkeypatch, shots, message):
+    with_shots(monkeypatch, v0=shots)
+    division = Division(2.0, val_fraction=0.2, cuts="avoid")
+    if message is None:
+        parts = division.of(Videos(10.0), "film")
+        assert [[(e.start, e.stop) for e in side] for side in (parts.train, parts.val)] == [
+            [(5.0, 8.0)],
+            [(8.0, 10.0)],
+        ]
+    else:
+        with pytest.raises(UserError, match=message):
+            division.of(Videos(10.0), "film")
 
 
 @pytest.mark.parametrize(

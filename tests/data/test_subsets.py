@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from poodle_lightning.data.sources import Entry
-from poodle_lightning.data.subsets import Picked, of_hours, pick
+from poodle_lightning.data.subsets import Picked, lasting, of_hours, pick
 from poodle_lightning.types import UserError
 
 
@@ -66,3 +66,15 @@ def test_parts_of_a_list_are_lists_and_of_others_lazy():
     assert Counting.made == 4
     with pytest.raises(IndexError):
         part[3]
+
+
+def test_lengths_are_said_in_hours_minutes_or_seconds():
+    assert [lasting(s) for s in (7200.0, 360.0, 359.0, 60.0, 26.4)] == [
+        "2 h",
+        "0.1 h",
+        "6 min",
+        "1 min",
+        "26 s",
+    ]
+    with pytest.raises(UserError, match=r"hours 3: the video lasts 1\.5 min in all"):
+        of_hours(entries(90), 3.0, 0)

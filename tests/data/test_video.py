@@ -319,7 +319,7 @@ def test_a_second_run_in_the_folder_does_not_list_the_refused_again(damaged, tmp
 
 def test_too_many_skips_stop_the_run_but_not_before_a_fraction_can_be_told(damaged, tmp_path):
     model = Recorder()
-    with pytest.raises(TooManySkipped, match=r"of \d+ requested videos could not be used \(corrupt \d+\)"):
+    with pytest.raises(TooManySkipped, match=r"of \d+ requests could not be used \(corrupt \d+\)"):
         trainer(tmp_path / "run", epochs=50).fit(model, datamodule=module(damaged, max_skip_fraction=0.05))
     requested = 2 * len(model.seen)
     assert 15 <= requested <= 30  # 1 / 0.05 requests, of which a few failed

@@ -145,6 +145,11 @@ def test_a_forked_worker_does_not_wait_for_opencvs_threads():
         ({"clip_seconds": 0.1}, "clip_seconds"),
         ({"max_skip_fraction": 2.0}, "max_skip_fraction"),
         ({"flow": object(), "sampler": ClipSampler(3, 0.2)}, "draws no pairs"),
+        ({"sampler": ClipSampler(0, 0.2)}, "a clip needs frames >= 1"),
+        ({"cuts": "avoid"}, "set --data.cuts keep for source frames"),
+        ({"source": "images", "gap": (0, 0), "clip_seconds": 1.0}, "no hours, clip_seconds or start_every"),
+        ({"source": "images", "gap": (0, 0), "start_every": 1.0}, "no hours, clip_seconds or start_every"),
+        ({"source": "images", "gap": (0, 0), "hours": 1.0}, "no hours, clip_seconds or start_every"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(folder, changes, message):
@@ -158,6 +163,7 @@ def test_wrong_settings_are_refused_in_one_line(folder, changes, message):
     [
         ({"root": "/nowhere"}, "no such folder"),
         ({"source": "folder", "root": "/nowhere"}, "/nowhere"),
+        ({"source": "film", "root": "/nowhere.mp4"}, "'/nowhere.mp4': no such film; set --data.root"),
         ({"source": "bdd100k"}, "not laid out as BDD100K"),
         ({"source": "walking_tours", "city": "paris"}, "city 'paris'"),
         ({"gap": (5.0, 6.0)}, "none of 7 videos lasts the 6 s"),

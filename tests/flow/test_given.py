@@ -106,8 +106,14 @@ def test_zero_flow_is_zero_whatever_the_clip_knows():
 
 
 def test_more_or_fewer_than_two_frames_are_refused():
-    with pytest.raises(ValueError, match="between two frames"):
-        complete(clip_with(None), torch.zeros(2, 3, 3, 8, 8), Estimate())
+    for kind in (lambda clip, clean: complete(clip, clean, Estimate()), ZeroFlow()):
+        for frames, words in ((1, "one frame"), (3, "3 frames")):
+            with pytest.raises(
+                UserError, match=f"pairs of frames, the data gives clips of {words}: leave out"
+            ):
+                kind(clip_with(None), torch.zeros(2, frames, 3, 8, 8))
+    with pytest.raises(ValueError, match="between frames"):
+        complete(clip_with(None), torch.zeros(2, 3, 8, 8), Estimate())
 
 
 @pytest.mark.parametrize("kind", [Given, ZeroFlow])
