@@ -10,18 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 
 from poodle_lightning.data.frames import IMAGES, load_image
 from poodle_lightning.data.index import find_files
 from poodle_lightning.data.pixels import Box, one_box_each
-from poodle_lightning.data.sources import Entry, Reader
+from poodle_lightning.data.sources import Entry, LazyEntries, Reader
 from poodle_lightning.types import Skip, UserError
 
 
-class ImageEntries(Sequence[Entry]):
+class ImageEntries(LazyEntries):
     """One entry per image, without length in time and of a size that is not known yet.
 
     Args:
@@ -37,15 +36,8 @@ class ImageEntries(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> Entry: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Entry]: ...
-    def __getitem__(self, number: int | slice) -> Entry | list[Entry]:
-        numbers = range(len(self))[number]
-        return [self._entry(one) for one in numbers] if isinstance(numbers, range) else self._entry(numbers)
-
-    def _entry(self, number: int) -> Entry:
+    def entry(self, number: int) -> Entry:
+        """See ``LazyEntries``."""
         name = os.fsdecode(self._bytes[self._ends[number] : self._ends[number + 1]])
         return Entry(number, os.path.join(self._root, name), 0.0, 0.0, 0, 0)
 

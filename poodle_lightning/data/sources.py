@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -70,6 +71,22 @@ class Entry:
     def duration(self) -> float:
         """Seconds between the first and the last moment."""
         return self.stop - self.start
+
+
+class LazyEntries(Sequence[Entry], ABC):
+    """A long list of entries, each of which is made when it is asked for."""
+
+    @abstractmethod
+    def entry(self, number: int) -> Entry:
+        """The entry at a place from 0 on."""
+
+    @overload
+    def __getitem__(self, number: int) -> Entry: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Entry]: ...
+    def __getitem__(self, number: int | slice) -> Entry | list[Entry]:
+        numbers = range(len(self))[number]
+        return [self.entry(one) for one in numbers] if isinstance(numbers, range) else self.entry(numbers)
 
 
 class Reader(Protocol):

@@ -8,15 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
 
 import numpy as np
 
 from poodle_lightning.data.sampling import SLACK
-from poodle_lightning.data.sources import Entry
+from poodle_lightning.data.sources import Entry, LazyEntries
 
 
-class StartTimes(Sequence[Entry]):
+class StartTimes(LazyEntries):
     """One entry per start time: just long enough for a clip, ``step`` seconds after the one before.
 
     DoRA's epoch takes every frame of the film once as the first of a clip; its public code (the length of
@@ -50,15 +49,8 @@ class StartTimes(Sequence[Entry]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    @overload
-    def __getitem__(self, number: int) -> Entry: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Entry]: ...
-    def __getitem__(self, number: int | slice) -> Entry | list[Entry]:
-        numbers = range(len(self))[number]
-        return [self._entry(one) for one in numbers] if isinstance(numbers, range) else self._entry(numbers)
-
-    def _entry(self, number: int) -> Entry:
+    def entry(self, number: int) -> Entry:
+        """See ``LazyEntries``."""
         place = int(self._ends.searchsorted(number, side="right"))
         stretch = self.stretches[place]
         before = int(self._ends[place - 1]) if place else 0

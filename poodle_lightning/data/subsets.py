@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import overload
 
 import numpy as np
 
-from poodle_lightning.data.sources import Entry
+from poodle_lightning.data.sources import Entry, LazyEntries
 from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import UserError
 
 
-class Picked(Sequence[Entry]):
+class Picked(LazyEntries):
     """Entries of a long list by their numbers; each is made when it is asked for.
 
     Args:
@@ -27,13 +26,8 @@ class Picked(Sequence[Entry]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> Entry: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Entry]: ...
-    def __getitem__(self, number: int | slice) -> Entry | list[Entry]:
-        if isinstance(number, slice):
-            return [self._entries[int(one)] for one in self._numbers[number]]
+    def entry(self, number: int) -> Entry:
+        """See ``LazyEntries``."""
         return self._entries[int(self._numbers[number])]
 
 
