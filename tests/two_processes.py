@@ -1,9 +1,12 @@
-"""Two optimiser steps of a tiny method on four clips per step, by one or two processes; run as a script.
+"""Two optimiser steps of each tiny method on four clips per step, by one or two processes.
 
-usage: python two_processes.py NAME PROCESSES FILE
+usage, once per process: python two_processes.py FOLDER PROCESSES
+
+With torchrun's variables in the environment Lightning joins the processes that are there and starts none.
 """
 
 import sys
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -17,6 +20,7 @@ from poodle_lightning.flow.given import Given
 from poodle_lightning.methods.mae import DecoderSizes
 from poodle_lightning.ops.crops import SubcropRecipe
 
+NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "IBOT", "AttMask", "DoRA", "MAE"]
 DISTILLATION = {"DINO": DINO, "IBOT": IBOT, "AttMask": AttMask, "DoRA": DoRA}
 
 
@@ -55,7 +59,7 @@ class Halves(L.LightningDataModule):
 
 
 class Keep(L.Callback):
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: Path) -> None:
         self.file = file
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -64,23 +68,23 @@ class Keep(L.Callback):
             torch.save({**centres, **{name: p.detach() for name, p in module.named_parameters()}}, self.file)
 
 
-def main(name: str, processes: int, file: str) -> None:
-    # forked processes have everything imported already
-    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo") if processes > 1 else "auto"
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy=strategy,
-        max_steps=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[Keep(file)],
-    )
-    trainer.fit(make(name), datamodule=Halves())
+def main(folder: Path, processes: int) -> None:
+    for name in NAMES:
+        strategy = DDPStrategy(process_group_backend="gloo") if processes > 1 else "auto"
+        trainer = L.Trainer(
+            accelerator="cpu",
+            devices=processes,
+            strategy=strategy,
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[Keep(folder / f"{name}-{processes}.pt")],
+        )
+        trainer.fit(make(name), datamodule=Halves())
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]))

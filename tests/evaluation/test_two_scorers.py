@@ -16,7 +16,9 @@ HERE = Path(__file__).parents[1]
 
 
 def start(folder, rank, port):
-    environment = os.environ | {
+    # a seed that another test has set would be set again where processes join, and only there
+    inherited = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    environment = inherited | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "none",

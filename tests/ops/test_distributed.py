@@ -2,7 +2,7 @@ import torch
 from device_reads import DeviceReads
 from side_by_side import in_two
 
-from poodle_lightning.ops.distributed import mean_across, world_size
+from poodle_lightning.ops.distributed import gather, mean_across, rank, world_size
 
 OWN = torch.tensor([[1.0, 2.0, 3.0], [5.0, -2.0, 0.0]])
 
@@ -14,16 +14,55 @@ def test_alone_a_process_has_its_own_values():
     assert not mean_across(x).requires_grad
 
 
+def test_alone_a_process_gathers_itself():
+    x = torch.randn(2, 3, requires_grad=True)
+    assert rank() == 0
+    assert gather(x) is x
+    assert gather(x, dim=1) is x
+
+
+def test_gathered_rows_lie_in_rank_order_along_any_dimension():
+    whole = torch.arange(48.0).view(2, 4, 6)
+
+    def act(number):
+        found = [gather(whole.chunk(2, dim)[number], dim) for dim in (0, 1, 2, -1, -2)]
+        return {"rank": rank(), "found": found, "half": gather(whole[number].to(torch.bfloat16))}
+
+    for number, told in enumerate(in_two(act)):
+        assert told["rank"] == number
+        assert all(torch.equal(x, whole) for x in told["found"])
+        assert torch.equal(told["half"], whole.flatten(0, 1).to(torch.bfloat16))
+
+
+def test_gradients_come_back_from_all_processes():
+    """Each process weighs all rows in its own way; a row's gradient is the sum of both weights."""
+    torch.manual_seed(0)
+    rows, weights = torch.randn(6, 3), torch.randn(2, 3, 6)
+
+    def act(number):
+        mine = rows.chunk(2)[number].clone().requires_grad_()
+        (gather(mine.t(), dim=1) * weights[number]).sum().backward()
+        half = rows.chunk(2)[number].to(torch.bfloat16).requires_grad_()
+        (gather(half) * weights[number].t()).sum().backward()
+        return mine.grad, half.grad
+
+    for number, (found, half) in enumerate(in_two(act)):
+        wanted = weights.sum(dim=0).t().chunk(2)[number]
+        torch.testing.assert_close(found, wanted)
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_two_processes_share_one_mean():
     def act(rank):
         mine = OWN[rank].clone()
         half = mean_across(mine.to(torch.bfloat16))
         return {"world": world_size(), "mean": mean_across(mine), "mine": mine, "half": half}
 
-    for rank, found in enumerate(in_two(act)):
+    for number, found in enumerate(in_two(act)):
         assert found["world"] == 2
         assert torch.equal(found["mean"], torch.tensor([3.0, 0.0, 1.5]))
-        assert torch.equal(found["mine"], OWN[rank])  # what was given stays
+        assert torch.equal(found["mine"], OWN[number])  # what was given stays
         assert found["half"].dtype == torch.bfloat16
         assert found["half"].tolist() == [3.0, 0.0, 1.5]
 
@@ -33,6 +72,7 @@ def test_two_processes_read_nothing_back():
         mine = OWN[rank].clone()
         with DeviceReads([mine]) as reads:
             mean_across(mine)
+            gather(mine.requires_grad_()).sum().backward()
         return reads.found
 
     assert in_two(act) == [[], []]

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from device_reads import DeviceReads
+from lightly.loss.swav_loss import sinkhorn
+from side_by_side import in_two
 
-from poodle_lightning.ops.sinkhorn import transport
+from poodle_lightning.ops.sinkhorn import assign, transport
 
 
 def exponential_form(scores, epsilon, rounds):
@@ -92,3 +94,57 @@ def test_reads_nothing_back_and_names_bad_numbers():
     for bad in ({"epsilon": 0.0}, {"iterations": 0}):
         with pytest.raises(ValueError, match="epsilon > 0 and iterations >= 1"):
             transport(scores, **bad)
+
+
+def assigned_by_loops(scores, epsilon, rounds):
+    """Samples in rows: prototypes' sums to 1 / K, samples' sums to 1 / B, and at last to 1."""
+    plan = exponential_form([list(column) for column in zip(*scores, strict=True)], epsilon, rounds)
+    return plan.t() * len(scores)
+
+
+@pytest.mark.parametrize(("rounds", "epsilon"), [(1, 0.05), (3, 0.05), (20, 0.5)])
+def test_assignment_equals_loops_and_lightlys(rounds, epsilon):
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, 4, dtype=torch.float64).clamp(-1, 1)
+    found = assign(scores, epsilon, rounds)
+    for one, plan in zip(scores, found, strict=True):
+        wanted = assigned_by_loops(one.tolist(), epsilon, rounds)
+        torch.testing.assert_close(plan, wanted, rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(plan, sinkhorn(one, rounds, epsilon), rtol=1e-9, atol=1e-14)
+
+
+def test_assignment_shares_prototypes_out_evenly():
+    torch.manual_seed(0)
+    plan = assign(torch.rand(40, 5) + torch.tensor([1.0, 0, 0, 0, 0]), 0.5, 200)
+    torch.testing.assert_close(plan.sum(dim=1), torch.ones(40))
+    torch.testing.assert_close(plan.sum(dim=0), torch.full((5,), 8.0), rtol=1e-3, atol=0)
+
+
+def test_two_processes_assign_as_one():
+    torch.manual_seed(0)
+    scores = torch.randn(2, 6, 4, dtype=torch.float64)
+    wanted = assign(scores)
+    halves = in_two(lambda rank: assign(scores[:, 2 * rank : 2 + 4 * rank]))  # 2 rows and 4
+    torch.testing.assert_close(torch.cat(halves, dim=1), wanted, rtol=1e-9, atol=1e-14)
+
+
+def test_assignment_where_exponentials_overflow():
+    """A score of 5 over 0.05 is e^100, more than float32 holds."""
+    torch.manual_seed(0)
+    scores = torch.randn(6, 4) + 5.0
+    assert (scores / 0.05).exp().isinf().any()
+    wanted = assigned_by_loops(scores.double().tolist(), 0.05, 3)
+    torch.testing.assert_close(assign(scores).double(), wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_assignment_is_float32_without_gradient_or_reads():
+    scores = torch.randn(6, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16), DeviceReads([scores]) as reads:
+        found = assign(scores)
+        half = assign(scores.bfloat16())
+    assert reads.found == []
+    assert found.dtype == half.dtype == torch.float32
+    assert not found.requires_grad
+    for bad in ({"epsilon": 0.0}, {"iterations": 0}):
+        with pytest.raises(ValueError, match="epsilon > 0 and iterations >= 1"):
+            assign(scores, **bad)
