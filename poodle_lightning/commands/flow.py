@@ -180,10 +180,10 @@ def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entr
         return data.source, [*data.train_entries, *data.val_entries], data.sampler
     if not os.path.isdir(args.root):
         raise UserError(f"--root {args.root}: no such folder; give a folder of videos")
+    sampler = FixedPairs(gap=(args.gap[0], args.gap[-1]), fixed=args.pairs_per_video, seed=args.seed)
     try:
-        gap = (args.gap[0], args.gap[-1])
-        sampler = FixedPairs(gap=gap, fixed=args.pairs_per_video, seed=args.seed)
-    except ValueError as error:
+        sampler.check()
+    except UserError as error:
         raise UserError(f"--gap or --pairs-per-video: {error}") from error
     source = FolderSource(args.root)
     return source, source.entries, sampler

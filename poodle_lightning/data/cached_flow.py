@@ -19,6 +19,7 @@ from poodle_lightning.data.pixels import Box
 from poodle_lightning.data.sampling import PairSampler
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.random import key_of, permutation
+from poodle_lightning.types import UserError
 
 
 @runtime_checkable
@@ -49,18 +50,20 @@ class FixedPairs(PairSampler):
         spread: unused; the pairs lie anywhere.
         fixed: how many pairs there are.
         seed: of the set.
-
-    Raises:
-        ValueError: fewer fixed pairs than are taken at once.
     """
 
     fixed: int = 10
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """See ``PairSampler.check``.
+
+        Raises:
+            UserError: also where fewer fixed pairs are there than are taken at once.
+        """
+        super().check()
         if self.fixed < self.pairs_per_video:
-            raise ValueError(
+            raise UserError(
                 f"pairs_per_video {self.pairs_per_video} is more than the {self.fixed} fixed pairs of a video"
             )
 

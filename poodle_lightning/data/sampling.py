@@ -60,9 +60,6 @@ class PairSampler:
             the crop's size. Unused otherwise: both windows are then the same.
         pairs_per_video: pairs from one opened video.
         spread: seconds over which the pairs of one video begin; None draws each on its own.
-
-    Raises:
-        ValueError: the gap is negative or reversed, or there are no pairs.
     """
 
     gap: tuple[float, float] = (0.5, 1.0)
@@ -70,14 +67,19 @@ class PairSampler:
     pairs_per_video: int = 1
     spread: float | None = None
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse what makes no sense; see ``ClipSampler.check`` for why not while it is made.
+
+        Raises:
+            UserError: the gap is negative or reversed, or there are no pairs.
+        """
         low, high = self.gap
         if not 0 <= low <= high < math.inf:
-            raise ValueError(f"gap must be (shortest, longest) seconds ≥ 0, not {self.gap}")
+            raise UserError(f"gap must be (shortest, longest) seconds ≥ 0, not {self.gap}")
         if self.pairs_per_video < 1:
-            raise ValueError(f"pairs_per_video must be at least 1, not {self.pairs_per_video}")
+            raise UserError(f"pairs_per_video must be at least 1, not {self.pairs_per_video}")
         if self.jitter < 0 or (self.spread or 0.0) < 0:
-            raise ValueError(f"jitter and spread must be ≥ 0, not {self.jitter} and {self.spread}")
+            raise UserError(f"jitter and spread must be ≥ 0, not {self.jitter} and {self.spread}")
 
     @property
     def span(self) -> float:

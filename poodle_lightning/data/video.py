@@ -382,11 +382,7 @@ def _pair(size: Sequence[int]) -> Size:
 def _sampler(
     given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int, spread: float | None
 ) -> Sampler:
-    if isinstance(given, ClipSampler | WindowSampler):
-        given.check()
-    if given is not None:
-        return given
-    try:
-        return PairSampler((float(gap[0]), float(gap[1])), jitter, pairs, spread)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    found = given or PairSampler((float(gap[0]), float(gap[1])), jitter, pairs, spread)
+    if isinstance(found, PairSampler | ClipSampler | WindowSampler):
+        found.check()
+    return found

@@ -11,6 +11,7 @@ from poodle_lightning.data.cached_flow import CachedFlow, FixedPairs, PixelEstim
 from poodle_lightning.data.sampling import TooShort
 from poodle_lightning.flow.dis import DIS
 from poodle_lightning.ops.random import key_of
+from poodle_lightning.types import UserError
 
 
 class Counted:
@@ -174,8 +175,8 @@ def test_several_pairs_at_once_are_different_ones():
 
 
 def test_impossible_settings_are_refused():
-    with pytest.raises(ValueError, match="fixed pairs"):
-        FixedPairs(pairs_per_video=4, fixed=3)
+    with pytest.raises(UserError, match="fixed pairs"):
+        FixedPairs(pairs_per_video=4, fixed=3).check()
     with pytest.raises(TooShort):
         FixedPairs(gap=(0.5, 1.0)).times(0.9, torch.tensor(0))
     assert FixedPairs(gap=(0.5, 1.0), pairs_per_video=3).span == 1.0

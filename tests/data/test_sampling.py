@@ -100,19 +100,23 @@ def test_window_frames_are_sorted_and_uniform():
 
 
 @pytest.mark.parametrize(
-    "make",
+    "sampler",
     [
-        lambda: PairSampler(gap=(1.0, 0.5)),
-        lambda: PairSampler(gap=(-0.1, 0.5)),
-        lambda: PairSampler(gap=(0.5, float("inf"))),
-        lambda: PairSampler(pairs_per_video=0),
-        lambda: PairSampler(jitter=-1.0),
-        lambda: split_long([], seconds=0.0),
+        PairSampler(gap=(1.0, 0.5)),
+        PairSampler(gap=(-0.1, 0.5)),
+        PairSampler(gap=(0.5, float("inf"))),
+        PairSampler(pairs_per_video=0),
+        PairSampler(jitter=-1.0),
     ],
 )
-def test_senseless_settings(make):
+def test_senseless_pairs(sampler):
+    with pytest.raises(UserError, match="not"):
+        sampler.check()
+
+
+def test_stretches_last():
     with pytest.raises(ValueError, match="not"):
-        make()
+        split_long([], seconds=0.0)
 
 
 @pytest.mark.parametrize(
