@@ -1,33 +1,12 @@
 """Two processes find what one finds, and both of them know it."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from side_by_side import two_of, wait_for
 from two_scorers import main
-
-HERE = Path(__file__).parents[1]
-
-
-def start(folder, rank, port):
-    # a seed that another test has set would be set again where processes join, and only there
-    inherited = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
-    environment = inherited | {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": "none",
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "PYTHONWARNINGS": "ignore",
-    }  # fmt: skip
-    words = [sys.executable, str(HERE / "two_scorers.py"), str(folder), "2"]
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +18,9 @@ def found(tmp_path_factory):
             for number in range(count + (label == 0)):
                 pixels = draws.integers(60 * label, 60 * label + 90, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / "images" / split / name / f"{number}.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = [start(folder, rank, port) for rank in range(2)]
+    running = two_of("two_scorers.py", folder)
     alone = json.loads(json.dumps(main(folder, 1)))
-    said = [process.communicate(timeout=240)[0] for process in running]
-    for process, text in zip(running, said, strict=True):
-        assert process.returncode == 0, text[-3000:]
+    wait_for(running)
     return [alone, *(json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))]
 
 
