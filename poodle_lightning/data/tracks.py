@@ -44,7 +44,7 @@ VERSION = 1
 _MAGIC = b"PLTRAK\r\n"  # the line end shows a transfer as text
 _HEAD = struct.Struct("<8sIII")
 _LARGEST_HEADER = 1 << 20  # a bound on what a damaged header makes us read
-_AGAIN = "run `poodle-lightning trace` again"
+_AGAIN = "track the video again"
 
 
 class _Damaged(Exception):
@@ -111,9 +111,7 @@ class TrackStore:
             self._check(path, header, name, fingerprint)
             return _body(path, start, header)
         except FileNotFoundError:
-            raise UserError(
-                f"no tracks of {name} in {self.folder}: run `poodle-lightning trace` on this data first"
-            ) from None
+            raise UserError(f"no tracks of {name} in {self.folder}: track it first") from None
         except _Damaged:
             raise UserError(
                 f"the tracks of {name} in {path} are damaged: delete the file and {_AGAIN}"

@@ -129,7 +129,7 @@ def test_damage_anywhere_is_noticed(tmp_path):
         torn = bytearray(whole)
         torn[place] ^= 0x10
         path.write_bytes(torn)
-        assert "damaged: delete the file and run" in refusal(store)
+        assert "damaged: delete the file and track the video again" in refusal(store)
     for size in (0, 7, 20, 100, len(whole) - 2):
         path.write_bytes(whole[:size])
         assert "damaged" in refusal(store)
