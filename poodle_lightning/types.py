@@ -63,7 +63,8 @@ class Clip:
             pixels of ``frames``. A row of NaN is missing and is filled by the estimator.
         present: optional ``(B, 2)`` bool, which rows of ``flow`` are there; stays on the host, so that
             nothing need be read back from a device to know it. None: the flow itself is looked at.
-        points: optional ``(B, P, T, 2)`` tracked points in extent coordinates of the crop; NaN = lost.
+        points: optional ``(B, P, T, 2)`` float32, places of P points in the frames, in extent coordinates of
+            the training crop; NaN where a point is not seen, and in rows that only fill up.
         labels: optional ``(B, T, H, W)`` uint8 in pixels of ``frames``; 255 = ignore.
         skipped: videos that were tried for this batch and replaced; stays on the host.
         yuv: optional ``(B, 3, 4)`` float32: the frames are planes, and this takes their (Y, U, V, 1) in bytes
@@ -112,6 +113,9 @@ class Clip:
         ):
             if given is not None and given.shape != shape:
                 raise ValueError(f"Clip.{name} must be {shape}, not {tuple(given.shape)}")
+        points = self.points
+        if points is not None and (points.ndim != 4 or points[:, 0].shape != (batch, count, 2)):
+            raise ValueError(f"Clip.points must be ({batch}, P, {count}, 2), not {tuple(points.shape)}")
 
     def _check_frames(self) -> None:
         shape = tuple(self.frames.shape)
@@ -338,6 +342,8 @@ class Look:
         hidden: ``(N, V, h, w)`` bool, patches of the global crops that are masked.
         restored: ``(N, V, 3, h, w)`` the global crops with their masked patches as predicted.
         objects: objects found and followed.
+        points: ``(N, P, T, 2)`` points that belong together, in extent coordinates of ``frames``; NaN = lost.
+        pooling: layer → ``(N, V, h, w)``, the weights with which each of ``large`` is pooled; they sum to 1.
     """
 
     frames: Tensor
@@ -352,6 +358,8 @@ class Look:
     hidden: Tensor | None = None
     restored: Tensor | None = None
     objects: Objects | None = None
+    points: Tensor | None = None
+    pooling: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from typing import Any
@@ -92,6 +92,8 @@ class Material:
         features: feature maps on held-out frames.
         readout: linear readouts, when there are labels.
         attention: attention maps on held-out frames, of a vision transformer with a class token.
+        tracks: of each clip of ``look``, ``(P, F, 2)`` places of the tracks that are active on its first
+            frame, in extent coordinates of that frame; NaN before and after a track.
     """
 
     method: str | None = None
@@ -101,6 +103,7 @@ class Material:
     features: FeatureMaps | None = None
     readout: LabelReadout | None = None
     attention: AttentionMaps | None = None
+    tracks: tuple[Tensor, ...] = ()
 
 
 def gather(
@@ -114,6 +117,7 @@ def gather(
     labelled: int = 300,
     classes: ClassSet = BDD100K,
     recipe: ReadoutRecipe | None = None,
+    tracks: Callable[[Clip], tuple[Tensor, ...]] | None = None,
 ) -> Material:
     """Compute what there is to see.
 
@@ -127,6 +131,7 @@ def gather(
         labelled: most labelled frames used on either side of the readout.
         classes: names of the label values.
         recipe: of the readout.
+        tracks: finds the tracks of a batch, one for each clip; see ``Material.tracks``.
     """
     source = iter(clips)
     first = next(source, None)
@@ -153,7 +158,8 @@ def gather(
         if train is not None and test is not None:
             readout = read_labels(encoder, random, train, test, classes, recipe or ReadoutRecipe())
     features, shown = FeatureMaps(images, *maps), first_pairs(whole, pairs)
-    return Material(name, step, held_out, shown, features, readout, looks)
+    ways = () if tracks is None else tracks(first[:pairs])
+    return Material(name, step, held_out, shown, features, readout, looks, ways)
 
 
 def first_pairs(look: Look, pairs: int) -> Look:
@@ -174,9 +180,11 @@ def first_pairs(look: Look, pairs: int) -> Look:
             parts["crops"] = (look.crops[0][rows], look.crops[1][rows])
         if look.same is not None:
             parts["same"] = look.same[rows]
-    for name in ("large", "small", "hidden", "restored"):
+    for name in ("large", "small", "hidden", "restored", "points"):
         whole = getattr(look, name)
         parts[name] = None if whole is None else whole[:kept]
+    if look.pooling is not None:
+        parts["pooling"] = {layer: weights[:kept] for layer, weights in look.pooling.items()}
     if look.objects is not None:
         found = {part.name: getattr(look.objects, part.name) for part in fields(look.objects)}
         some: dict[str, Any] = {
@@ -207,6 +215,8 @@ def _on_host(look: Look) -> Look:
             return value.detach().cpu()
         if isinstance(value, tuple):
             return tuple(moved(item) for item in value)
+        if isinstance(value, Mapping):
+            return {name: moved(item) for name, item in value.items()}
         if hasattr(value, "__dataclass_fields__"):
             return type(value)(**{name: moved(getattr(value, name)) for name in value.__dataclass_fields__})
         return value

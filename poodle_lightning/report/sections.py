@@ -17,7 +17,7 @@ from poodle_lightning.draw.flow import arrows, flow_colours, longest_of, visibil
 from poodle_lightning.draw.pairs import Warped, difference, warp_pairs
 from poodle_lightning.draw.pca import fit as fit_directions
 from poodle_lightning.draw.segmentation import class_bars, colour_labels, palette
-from poodle_lightning.report import evaluations, patches
+from poodle_lightning.report import evaluations, patches, points
 from poodle_lightning.report.files import RunFiles, Skipped
 from poodle_lightning.report.material import FeatureMaps, LabelReadout, Material
 from poodle_lightning.report.page import (
@@ -64,7 +64,10 @@ def write_report(run: str | Path, material: Material | None = None, out: str | P
         *motion(shown.look),
         views(shown.look),
         subcrops(shown.look),
+        points.pairs(shown.look),
+        points.tracks(shown.look, shown.tracks),
         patches.crops(shown.look),
+        points.pooling(shown.look),
         patches.hidden(shown.look),
         *patches.objects(shown.look),
         patches.attention(shown.attention),
