@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from poodle_lightning.data.audioset import AudioSetSource
 from poodle_lightning.data.frames import FramesSource
 from poodle_lightning.data.images import ImagesSource
+from poodle_lightning.data.shot_lists import ShotListSource
 from poodle_lightning.data.sources import (
     BDD100KSource,
     EpicKitchensSource,
     FilmSource,
     FolderSource,
     Kinetics400Source,
+    Kinetics700Source,
     Source,
     WalkingToursSource,
 )
 from poodle_lightning.data.streets import StreetSet, SyntheticSource
+from poodle_lightning.data.videonet import VideoNetSource
 from poodle_lightning.types import UserError
 
 SourceName = Literal[
@@ -25,6 +29,10 @@ SourceName = Literal[
     "walking_tours",
     "epic_kitchens",
     "kinetics400",
+    "kinetics700",
+    "audioset",
+    "youtube8m_shots",
+    "videonet",
     "film",
     "frames",
     "images",
@@ -41,7 +49,7 @@ class Origin:
     Args:
         source: which kind.
         root: folder or file; None only of ``synthetic``.
-        split: of ``bdd100k`` and ``kinetics400``.
+        split: of ``bdd100k``, ``kinetics400``, ``kinetics700`` and ``audioset``.
         city: of ``walking_tours``.
         rate: of ``frames``, images per second.
         synthetic: what to generate.
@@ -61,7 +69,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         if self.source != "synthetic" and self.root is None:
-            what = "file" if self.source == "film" else "folder"
+            what = "file" if self.source in ("film", "videonet") else "folder"
             raise UserError(f"source {self.source} needs a {what}: give --data.root")
 
     @property
@@ -86,6 +94,14 @@ class Origin:
             return EpicKitchensSource(self.root, self.workers)
         if self.source == "kinetics400":
             return Kinetics400Source(self.root, self.split, self.workers)
+        if self.source == "kinetics700":
+            return Kinetics700Source(self.root, self.split, self.workers)
+        if self.source == "audioset":
+            return AudioSetSource(self.root, self.split, self.workers)
+        if self.source == "youtube8m_shots":
+            return ShotListSource(self.root, self.workers)
+        if self.source == "videonet":
+            return VideoNetSource(self.root)
         if self.source == "film":
             return FilmSource(self.root)
         if self.source == "frames":

@@ -2,35 +2,41 @@
 
 A source lists ``entries`` (a stretch of one video each) and opens them. Layouts on disk:
 
-=================  ==========================================================================================
-``folder``         any folder; every video below it, in whatever sub-folders
-``bdd100k``        ``<root>/videos/{train,val}/*.mov``, or the folder that holds ``bdd100k/videos/…``
-``walking_tours``  ``<root>/<City>*.mp4``, e.g. ``Venice.mp4``, ``Kuala_Lumpur_4k.webm``; 9 cities, a safari;
-                   the 3 tours of WT-Sem's validation part the same way, e.g. ``Rome.mp4``
-``epic_kitchens``  ``P01/videos/P01_01.MP4`` or ``P01/P01_01.MP4`` anywhere below the root
-``kinetics400``    ``<root>/{train,val,test}/<class>/*.mp4`` or ``<root>/{train,val,test}/*.mp4``; also below
-                   ``<root>/kinetics400`` or ``<root>/k400``
-``film``           one file
-``frames``         ``<root>/<video>/<image>``; images in natural order of their names, ``rate`` per second
-``images``         every image below a folder, e.g. ImageNet's ``train/<class>/*.JPEG``: clips of one frame
-``synthetic``      nothing on disk: streets with exact flow and labels, generated on the fly
-=================  ==========================================================================================
+===================  ========================================================================================
+``folder``           any folder; every video below it, in whatever sub-folders
+``bdd100k``          ``<root>/videos/{train,val}/*.mov``, or the folder that holds ``bdd100k/videos/…``
+``walking_tours``    ``<root>/<City>*.mp4``, e.g. ``Venice.mp4``, ``Kuala_Lumpur_4k.webm``; 9 cities, a
+                     safari; the 3 tours of WT-Sem's validation part the same way, e.g. ``Rome.mp4``
+``epic_kitchens``    ``P01/videos/P01_01.MP4`` or ``P01/P01_01.MP4`` anywhere below the root
+``kinetics400``      ``<root>/{train,val,test}/<class>/*.mp4`` or ``<root>/{train,val,test}/*.mp4``; also
+                     below ``<root>/kinetics400`` or ``<root>/k400``
+``kinetics700``      the same, also below ``<root>/kinetics700``, ``kinetics700_2020`` or ``k700``
+``audioset``         ``<root>/<part>/*.mp4`` at any depth, ``<part>`` named as the lists of segments:
+                     ``unbalanced_train_segments``, ``balanced_train_segments``, ``eval_segments``
+``youtube8m_shots``  ``<root>/shots.csv`` and videos anywhere below the root, see ``data/shot_lists.py``
+``videonet``         a file, the list that ``poodle-lightning curate`` wrote, see ``data/videonet.py``
+``film``             one file
+``frames``           ``<root>/<video>/<image>``; images in natural order of their names, ``rate`` per second
+``images``           every image below a folder, e.g. ImageNet's ``train/<class>/*.JPEG``: clips of one frame
+``synthetic``        nothing on disk: streets with exact flow and labels, generated on the fly
+===================  ========================================================================================
 """
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Protocol, overload, runtime_checkable
 
 import numpy as np
 
 from poodle_lightning.data.decode import VideoReader
-from poodle_lightning.data.index import build_index, index_file
+from poodle_lightning.data.index import Index, build_index, index_file
 from poodle_lightning.data.info import DecodeError, VideoInfo, fingerprint
 from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.types import Skip, UserError
@@ -165,6 +171,7 @@ class FolderSource:
         keep: which videos, by path; None keeps all.
         workers: processes that measure the videos the first time; 0 is this one.
         single: the root is the one video.
+        index: what was measured already, in place of a search.
 
     Raises:
         UserError: the folder is missing or holds no readable video.
@@ -177,8 +184,10 @@ class FolderSource:
         workers: int = 0,
         *,
         single: bool = False,
+        index: Index | None = None,
     ) -> None:
-        index = index_file(root) if single else build_index(root, workers=workers)
+        if index is None:
+            index = index_file(root) if single else build_index(root, workers=workers)
         wanted = [video for video in index.videos if keep is None or keep(Path(video.path))]
         self.refused = tuple(skip for skip in index.refused if keep is None or keep(Path(skip.path)))
         self.entries = [
@@ -291,14 +300,27 @@ class Kinetics400Source(FolderSource):
         UserError: the layout is not there.
     """
 
+    NAME = "Kinetics-400"
+    FOLDERS: tuple[str, ...] = ("kinetics400", "k400")
+
     def __init__(self, root: str | Path, split: str = "train", workers: int = 0) -> None:
-        tried = [Path(root) / part / split for part in (".", "kinetics400", "k400")]
+        tried = [Path(root) / part / split for part in (".", *self.FOLDERS)]
         folder = next((path for path in tried if path.is_dir()), None)
         if folder is None:
             raise UserError(
-                f"{root}: not laid out as Kinetics-400, {tried[0]} is missing; put its .mp4 files there"
+                f"{root}: not laid out as {self.NAME}, {tried[0]} is missing; put its .mp4 files there"
             )
         super().__init__(folder, workers=workers)
+
+
+class Kinetics700Source(Kinetics400Source):
+    """Kinetics-700 (Carreira et al. 2019) and its edition of 2020, laid out as Kinetics-400.
+
+    Below ``<root>`` itself, or ``kinetics700``, ``kinetics700_2020`` or ``k700`` in it.
+    """
+
+    NAME = "Kinetics-700"
+    FOLDERS = ("kinetics700", "kinetics700_2020", "k700")
 
 
 class FilmSource(FolderSource):
@@ -313,6 +335,11 @@ class FilmSource(FolderSource):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, single=True)
+
+
+def inner_path(path: str | Path, root: str | Path) -> PurePath:
+    """The path of an indexed video below its root."""
+    return PurePath(path).relative_to(os.path.abspath(Path(root).expanduser()))
 
 
 def _is_kitchen(path: Path) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from poodle_lightning.data.sampling import SLACK, split_long
 from poodle_lightning.data.shots import Detector, Shot, find_shots
-from poodle_lightning.data.sources import Entry, FolderSource, Source
+from poodle_lightning.data.sources import Entry, FolderSource, LazyEntries, Source
 from poodle_lightning.data.starts import StartTimes
 from poodle_lightning.data.subsets import of_hours, pick
 from poodle_lightning.ops.random import key_of, permutation
@@ -160,9 +160,12 @@ def _shots(
     """The shots of every video by its path, and the videos that cannot be read through."""
     if not isinstance(source, FolderSource):
         raise UserError("cuts avoid is for video files: set --data.cuts keep")
-    videos = [source.video(entry) for entry in entries]
-    found = find_shots(videos, Detector(), workers=workers, until=[entry.stop for entry in entries])
-    pairs = list(zip(entries, found, strict=True))
+    last: dict[str, Entry] = {}  # of several shots of a list in one video, the one that ends last
+    for entry in entries:
+        last[entry.path] = max(entry, last.get(entry.path, entry), key=lambda one: one.stop)
+    videos, until = [source.video(entry) for entry in last.values()], [e.stop for e in last.values()]
+    found = find_shots(videos, Detector(), workers=workers, until=until)
+    pairs = list(zip(last.values(), found, strict=True))
     failed = tuple(shots for _, shots in pairs if isinstance(shots, Skip))
     if len(failed) == len(pairs):
         raise UserError(f"{failed[0].path}: its shots cannot be found: {failed[0].detail}")
@@ -191,8 +194,8 @@ def held_out(
     at least what a clip needs.
 
     Args:
-        entries: one per video.
-        fraction: share that is held out; 0 holds out none.
+        entries: whole videos, or shots of them; all shots of a video go together.
+        fraction: share of the videos that is held out; 0 holds out none.
         span: seconds that a clip needs.
         seed: chooses the videos.
         apart: seconds between the two parts of a single video, at least; if above 0 at least a frame, so that
@@ -205,10 +208,20 @@ def held_out(
         return entries, []
     if len(entries) == 1:
         return _in_time(entries[0], fraction, span, max(apart, entries[0].interval) if apart else 0.0)
-    count = min(max(1, round(fraction * len(entries))), len(entries) - 1)
-    chosen = np.zeros(len(entries), bool)
-    chosen[permutation(key_of(seed, "held out").reshape(1), len(entries))[0, :count].numpy()] = True
-    return pick(entries, np.flatnonzero(~chosen)), pick(entries, np.flatnonzero(chosen))
+    video = _video_numbers(entries)
+    videos = int(video.max()) + 1
+    count = min(max(1, round(fraction * videos)), videos - 1)
+    chosen = np.zeros(videos, bool)
+    chosen[permutation(key_of(seed, "held out").reshape(1), videos)[0, :count].numpy()] = True
+    return pick(entries, np.flatnonzero(~chosen[video])), pick(entries, np.flatnonzero(chosen[video]))
+
+
+def _video_numbers(entries: Sequence[Entry]) -> np.ndarray:
+    """For each entry the number of its video, 0, 1, …; shots of a single video count as videos."""
+    if isinstance(entries, LazyEntries):  # each is a video or an image, and making a million takes time
+        return np.arange(len(entries))
+    videos, numbers = np.unique([entry.id for entry in entries], return_inverse=True)
+    return numbers if len(videos) > 1 else np.arange(len(entries))
 
 
 def _in_time(entry: Entry, fraction: float, span: float, apart: float) -> tuple[list[Entry], list[Entry]]:

@@ -13,6 +13,7 @@ from poodle_lightning.data.sources import (
     FilmSource,
     FolderSource,
     Kinetics400Source,
+    Kinetics700Source,
     WalkingToursSource,
 )
 from poodle_lightning.data.video import VideoDataModule
@@ -128,6 +129,14 @@ def test_kinetics_is_found_with_and_without_classes(tmp_path, holder):
     assert names(Kinetics400Source(tmp_path, "val")) == ["c_000001_000011.mp4"]
     with pytest.raises(UserError, match=r"not laid out as Kinetics-400, .*test is missing"):
         Kinetics400Source(tmp_path, "test")
+
+
+@pytest.mark.parametrize("holder", ["", "kinetics700", "kinetics700_2020", "k700"])
+def test_kinetics_700_is_laid_out_as_400(tmp_path, holder):
+    film(tmp_path / holder / "train" / "abseiling" / "a_000001_000011.mp4")
+    assert names(Kinetics700Source(tmp_path)) == ["a_000001_000011.mp4"]
+    with pytest.raises(UserError, match=r"not laid out as Kinetics-700, .*val is missing"):
+        Kinetics700Source(tmp_path, "val")
 
 
 def test_a_film_is_one_file(tmp_path):

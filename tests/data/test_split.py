@@ -43,6 +43,22 @@ def test_a_share_of_the_videos_is_held_out(count, fraction, expected):
     assert held_out(every, fraction, 1.0, seed=0) == (train, val)
 
 
+def test_shots_of_a_video_are_held_out_together():
+    shots = [Entry(i % 5, f"v{i % 5}", 4.0 * i, 4.0 * i + 4, 64, 48) for i in range(20)]
+    train, val = held_out(shots, 0.4, 1.0, seed=0)
+    assert len(val) == 8
+    assert not {entry.path for entry in train} & {entry.path for entry in val}
+    assert {entry.path for entry in val} == {
+        entry.path for entry in held_out(entries(*[2.0] * 5), 0.4, 1.0, 0)[1]
+    }
+
+
+def test_shots_of_a_single_video_are_divided_by_themselves():
+    shots = [Entry(0, "v", 4.0 * i, 4.0 * i + 4, 64, 48) for i in range(10)]
+    train, val = held_out(shots, 0.2, 1.0, seed=0)
+    assert (len(train), len(val)) == (8, 2)
+
+
 def test_one_video_is_held_out_at_its_end():
     (train,), (val,) = held_out(entries(10.0, start=5.0), 0.2, 1.0, seed=0)
     assert (train.start, train.stop, val.start, val.stop) == (5.0, 13.0, 13.0, 15.0)
