@@ -162,11 +162,15 @@ class OnDevices:
 
 @dataclass
 class Count:
-    """Pairs of a stretch, or of all; ``stopped`` if there would have been more."""
+    """Pairs of a stretch, or of all; ``stopped`` if there would have been more.
+
+    ``seconds`` of video are counted by the share of a stretch's pairs that was stored.
+    """
 
     stored: int = 0
     kept: int = 0
     bytes: int = 0
+    seconds: float = 0.0
     left_out: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
@@ -174,6 +178,7 @@ class Count:
         self.stored += other.stored
         self.kept += other.kept
         self.bytes += other.bytes
+        self.seconds += other.seconds
         self.left_out += other.left_out
         self.stopped |= other.stopped
         return self
@@ -225,6 +230,7 @@ class Work:
         advance(count.kept)
         flows = self._flows(entry, lacking, count, advance)
         count.stored, count.bytes = self.cache.put_all(video, flows)
+        count.seconds = entry.duration * count.stored / len(pairs)
         if self.cache.writable and not count.stopped:  # else not all was tried
             count.left_out["not_storable"] += len(lacking) - count.left_out.total() - count.stored
         return count

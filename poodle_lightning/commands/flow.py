@@ -10,7 +10,6 @@ them. Each writes other files of the same cache, so they need not know of each o
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 from poodle_lightning.commands import Build, add_config_arguments
+from poodle_lightning.commands._estimators import add_estimator_arguments, check_estimator, on_devices
 from poodle_lightning.commands._flow_work import AtOnce, Count, Estimators, OnDevices, Work
 from poodle_lightning.types import UserError
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
     parser.add_argument("--root", metavar="DIR", help="folder of videos, in place of --config")
     parser.add_argument("--out", metavar="DIR", required=True, help="the cache; may hold flow already")
-    _add_estimator_arguments(parser)
+    add_estimator_arguments(parser)
     parser.add_argument(
         "--shard",
         metavar="I/N",
@@ -75,35 +75,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads (default: one per core)")
 
 
-def _add_estimator_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--estimator", choices=("dis", "raft"), default="dis", help="what computes it (default: %(default)s)"
-    )
-    parser.add_argument("--preset", default="medium", help="of DIS: ultrafast, fast or medium (default)")
-    parser.add_argument("--size", default="large", help="of RAFT: large (default) or small")
-    parser.add_argument(
-        "--weights", default="C_T_V1", help="of RAFT: a name or a file (default: %(default)s)"
-    )
-    parser.add_argument("--iterations", type=int, default=24, help="of RAFT (default: %(default)s)")
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="of RAFT (default: %(default)s); another one is another flow",
-    )
-    parser.add_argument("--device", default="cpu", help="where RAFT runs (default: %(default)s); not for DIS")
-    parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="RAFT on that many of them (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=0,
-        metavar="N",
-        help="of RAFT: pairs at once on a device (default: by the frames' size, 8 at 512x1024)",
-    )
-
-
 def run(args: argparse.Namespace, build: Build) -> int:
     """Compute what is lacking; may be stopped and started again.
 
@@ -136,8 +107,11 @@ def run(args: argparse.Namespace, build: Build) -> int:
         raise UserError(f"no pair of frames could be used ({_listed(total.left_out)}): check the videos")
     speed = ""
     if total.stored:
-        size = f"{total.bytes / 1e6:.1f} MB, {total.bytes / total.stored / 1e3:.0f} KB a pair"
-        speed = f"; {total.stored / seconds:.2f} pairs/s, {size}"
+        speed = (
+            f"; {total.stored / seconds:.2f} pairs/s, {total.seconds / seconds:.2f} s of video/s, "
+            f"{total.bytes / 1e6:.1f} MB, {total.bytes / total.stored / 1e3:.0f} KB a pair, "
+            f"{total.bytes / max(total.seconds, 1e-9) * 3600 / 1e6:.1f} MB per hour of video"
+        )
     where = args.out if share.count == 1 else f"{args.out}, {share}"
     print(f"{where}: {total.stored} pairs computed in {seconds:.1f} s, {total.kept} were there{speed}")
     return 0
@@ -145,18 +119,11 @@ def run(args: argparse.Namespace, build: Build) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse numbers out of range before anything is read or loaded."""
-    least = {"workers": 0, "pairs_per_video": 1, "iterations": 1, "devices": 1, "batch": 0}
-    for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {bound}, not {getattr(args, name)}")
+    check_estimator(args, {"workers": 0, "pairs_per_video": 1})
     if not 1 <= args.quality <= 100:
         raise UserError(f"--quality goes from 1 to 100, not {args.quality}")
     if len(args.gap) > 2:
         raise UserError("--gap takes the shortest and the longest, or one for both: give one or two numbers")
-    if args.estimator == "dis" and (args.devices > 1 or args.device != "cpu" or args.batch):
-        raise UserError(
-            "--device, --devices and --batch are for RAFT: DIS works on the CPU, in --workers threads"
-        )
 
 
 def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entry], FixedPairs]:
@@ -219,37 +186,9 @@ def _estimators(args: argparse.Namespace, share: Share) -> tuple[str, Estimators
 
         dis = DIS(args.preset)
         return dis.fingerprint, AtOnce(dis), cores
-    from poodle_lightning.flow.raft import RAFT
-
-    raft = RAFT(args.size, args.weights, args.iterations, precision=args.precision)
-    names = _devices(args.device, args.devices, share)
-    try:
-        rafts = [copy.deepcopy(raft).to(name) for name in names]
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    rafts = on_devices(args, share)
     threads = args.workers or (1 if args.device == "cpu" else cores)
-    return raft.fingerprint, OnDevices(rafts, args.batch, threads), threads
-
-
-def _devices(device: str, count: int, share: Share) -> list[str]:
-    """Names of the devices.
-
-    With one process per device, which a launcher's ranks tell, each takes its own of those that it sees.
-    """
-    import torch
-
-    if device == "cpu":
-        return [device] * count
-    if count > 1:
-        if ":" in device:
-            raise UserError(
-                f"--device {device} is one device: for --devices {count} give its kind, e.g. cuda"
-            )
-        return [f"{device}:{number}" for number in range(count)]
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or ""
-    if device == "cuda" and share.origin and local.isdecimal() and torch.cuda.device_count():
-        return [f"cuda:{int(local) % torch.cuda.device_count()}"]
-    return [device]
+    return rafts[0].fingerprint, OnDevices(rafts, args.batch, threads), threads
 
 
 def _compute(work: Work, videos: Mapping[str, Sequence[Entry]], threads: int, share: Share) -> Count:

@@ -29,21 +29,19 @@ is treated as missing and computed again.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import struct
-import tempfile
 import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Literal
 
 import numpy as np
 
-from poodle_lightning.data import flow_delta, flow_jpeg
+from poodle_lightning.data import flow_delta, flow_jpeg, headers
 from poodle_lightning.data.flow_planes import Part
+from poodle_lightning.data.headers import Damaged
 from poodle_lightning.data.pixels import Box
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.types import UserError
@@ -53,15 +51,10 @@ Moments = tuple[float, float]
 Form = Literal["delta", "jpeg"]
 
 _MAGIC = b"PLFLOW\r\n"  # the line end shows a transfer as text
-_HEAD = struct.Struct("<8sIII")
 _FORMS = {"delta": flow_delta.decode, "jpeg": flow_jpeg.decode}
 _LARGEST = 1 << 15  # px a side, and a bound on what a damaged header makes us allocate
 _LARGEST_HEADER = 1 << 24
 _PART = 60.0  # seconds of video per file: adding a pair rewrites the file, so an hour must not be one
-
-
-class _Damaged(Exception):
-    """A file or block that must not be used."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +159,7 @@ class FlowCache:
                 if size is not None and size != (block.height, block.width):
                     return None
                 return _unpacked(_read_block(file, start, block), block, box)
-        except (_Damaged, FileNotFoundError):
+        except (Damaged, FileNotFoundError):
             return None
         except OSError as error:
             self._warn("read", f"cannot be read ({error.strerror or error})")
@@ -243,23 +236,14 @@ class FlowCache:
     # ---- the file
     def _header(self, file: IO[bytes], video: str) -> tuple[int, dict[tuple[int, int], _Block]]:
         """Where the blocks start, and the blocks."""
-        head = file.read(_HEAD.size)
-        if len(head) < _HEAD.size:
-            raise _Damaged
-        magic, version, length, crc = _HEAD.unpack(head)
-        if magic != _MAGIC or version != VERSION or length > _LARGEST_HEADER:
-            raise _Damaged
-        text = file.read(length)
-        if len(text) < length or zlib.crc32(text) != crc:
-            raise _Damaged
+        start, content = headers.read(file, _MAGIC, VERSION, _LARGEST_HEADER)
         try:
-            content = json.loads(text)
             if content["video"] != video or self.estimator not in (None, content["estimator"]):
-                raise _Damaged
+                raise Damaged
             blocks = [_Block(**entry) for entry in content["entries"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise _Damaged from error
-        return _HEAD.size + length, {(block.a, block.b): block for block in blocks}
+            raise Damaged from error
+        return start, {(block.a, block.b): block for block in blocks}
 
     def _intact(self, path: Path, video: str) -> _Blocks:
         """Blocks of a file whose checksum holds and whose resolution is enough."""
@@ -270,11 +254,11 @@ class FlowCache:
                 for moments, block in blocks.items():
                     try:
                         data = _read_block(file, start, block)
-                    except _Damaged:
+                    except Damaged:
                         continue
                     if block.step <= self.step:
                         kept[moments] = block, data
-        except (_Damaged, FileNotFoundError):
+        except (Damaged, FileNotFoundError):
             pass
         except OSError as error:
             self._warn("read", f"cannot be read ({error.strerror or error})")
@@ -286,20 +270,8 @@ class FlowCache:
             entries.append(block.entry | {"place": place})
             place += len(data)
         content = {"video": video, "estimator": self.estimator, "entries": entries}
-        text = json.dumps(content, separators=(",", ":")).encode()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_HEAD.pack(_MAGIC, VERSION, len(text), zlib.crc32(text)) + text)
-                file.writelines(data for _, data in blocks.values())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's files are private; a cache is shared
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        header = headers.packed(_MAGIC, VERSION, content)
+        headers.write(path, chain((header,), (data for _, data in blocks.values())))
 
     def _warn(self, kind: str, what: str) -> None:
         if kind not in self._warned:
@@ -311,7 +283,7 @@ def _unpacked(data: bytes, block: _Block, box: Box | None) -> np.ndarray:
     try:
         return _FORMS[block.form](data, (block.height, block.width), block.step, box)
     except ValueError as error:
-        raise _Damaged from error
+        raise Damaged from error
 
 
 def _read_block(file: IO[bytes], start: int, block: _Block) -> bytes:
@@ -320,7 +292,7 @@ def _read_block(file: IO[bytes], start: int, block: _Block) -> bytes:
     # (a JPEG of a single row has the bytes of 8)
     data = file.read(min(block.length, 9 * (block.height + 7) * (block.width + 7) + 4096))
     if len(data) != block.length or zlib.crc32(data) != block.crc:
-        raise _Damaged
+        raise Damaged
     return data
 
 

@@ -13,9 +13,13 @@
 6 bytes per track and frame, 8 per track and 8 per frame. A file belongs to a video (its name in its source
 and its fingerprint), to the estimator of the flow and to γ. Another δ needs no other file.
 
-What is read is mapped, not copied: workers that read one video share its pages. The body has a CRC-32 too; it
-is checked when a file is opened, which reads the file once. A file is written beside its place, flushed to
-disk and renamed, so a reader sees the old one or the new one.
+What is read is mapped, not copied: workers that read one video share its pages. The body has a CRC-32 too; a
+process checks it when it opens a file for the first time, which reads the file once, and not again until the
+file changes. A file is written beside its place, flushed to disk and renamed (``data.headers``), so a reader
+sees the old one or the new one.
+
+Times are seconds of the video, also where a stretch of it was tracked. A stretch has a name of its own
+(:func:`track_name`), as its points start within it.
 
 Unlike a flow cache, tracks are not computed in passing where they are missing: they are what a run trains on.
 So everything that does not fit is an error in one line.
@@ -24,31 +28,29 @@ So everything that does not fit is an error in one line.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import struct
-import tempfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from poodle_lightning.data import headers
+from poodle_lightning.data.cached_flow import video_of
+from poodle_lightning.data.headers import Damaged
+from poodle_lightning.data.sources import Entry, FolderSource, Source
+from poodle_lightning.data.streets import SyntheticSource
 from poodle_lightning.ops.tracks import DELTA, Array, Spans, Tracks, alive
 from poodle_lightning.types import UserError
 
 VERSION = 1
 
 _MAGIC = b"PLTRAK\r\n"  # the line end shows a transfer as text
-_HEAD = struct.Struct("<8sIII")
 _LARGEST_HEADER = 1 << 20  # a bound on what a damaged header makes us read
-_AGAIN = "track the video again"
-
-
-class _Damaged(Exception):
-    """A file that must not be used."""
+_AGAIN = "track it again by poodle-lightning trace"
+_intact: set[int] = set()  # hashes of files whose body this process has checked
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,49 @@ class Tracked:
 
     tracks: Tracks
     times: Array
+
+
+def track_name(entry: Entry, root: str | None) -> str:
+    """What an entry is called among tracks: the same wherever the data lie.
+
+    Its path below the root, and the stretch in milliseconds: ``train/dancing/x.mp4#0-10010``. An entry does
+    not know whether it is all of its video, so the stretch is always named.
+
+    Args:
+        entry: of a source.
+        root: of the data, a folder or a file; None where there is none (generated videos). A path that does
+            not lie below it stays as it is.
+    """
+    path = Path(entry.path)
+    if root is not None:
+        folder = Path(os.path.abspath(os.path.expanduser(root)))
+        folder = folder.parent if folder.is_file() else folder
+        whole = Path(os.path.abspath(path))
+        path = whole.relative_to(folder) if whole.is_relative_to(folder) else path
+    return f"{path.as_posix()}#{round(entry.start * 1e3)}-{round(entry.stop * 1e3)}"
+
+
+def video_print(source: Source, entry: Entry) -> str:
+    """Fingerprint of an entry's video as it is now: of its content, or of what a generated one is made from.
+
+    A folder of images is known by their names and sizes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if isinstance(source, FolderSource):
+        return source.video(entry).fingerprint
+    known = video_of(entry.path) if os.path.isfile(entry.path) else None
+    if known is not None:
+        return known
+    if isinstance(source, SyntheticSource):
+        about = f"{entry.path} {replace(source.streets, videos=1)}"
+    elif os.path.isdir(entry.path):
+        with os.scandir(entry.path) as files:
+            about = " ".join(sorted(f"{file.name}:{file.stat().st_size}" for file in files))
+    else:
+        about = entry.path
+    return hashlib.blake2b(about.encode(), digest_size=16).hexdigest()
 
 
 class TrackStore:
@@ -86,13 +131,30 @@ class TrackStore:
         stem = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return self.folder / stem[:2] / f"{stem}.tracks"
 
-    def holds(self, name: str, fingerprint: str) -> bool:
-        """Whether a video's tracks are there, whole and usable: nothing to be done again."""
+    def holds(self, name: str, fingerprint: str, points: int = 0, limit: float = -math.inf) -> bool:
+        """Whether a video's tracks are there: nothing to be done again.
+
+        Reads the header and looks at the file's length, nothing more; damage in the body is noticed by
+        :meth:`get`.
+
+        Args:
+            name: see :meth:`get`.
+            fingerprint: see :meth:`get`.
+            points: that must have been followed, at least.
+            limit: of δ, up to which they must have been followed.
+
+        Raises:
+            UserError: what is there was made with another estimator or γ, and would be lost.
+        """
+        path = self.path(name)
         try:
-            self.get(name, fingerprint)
-        except UserError:
+            _, header = _header(path)
+        except (Damaged, OSError):
             return False
-        return True
+        if header["fingerprint"] != fingerprint:
+            return False
+        self._check(path, header, name, fingerprint)
+        return bool(header["tracks"] >= points and _limit(header) >= limit)
 
     def get(self, name: str, fingerprint: str) -> Tracked:
         """The tracks of a video, mapped from their file.
@@ -111,11 +173,11 @@ class TrackStore:
             self._check(path, header, name, fingerprint)
             return _body(path, start, header)
         except FileNotFoundError:
-            raise UserError(f"no tracks of {name} in {self.folder}: track it first") from None
-        except _Damaged:
             raise UserError(
-                f"the tracks of {name} in {path} are damaged: delete the file and {_AGAIN}"
+                f"no tracks of {name} in {self.folder}: make them by poodle-lightning trace"
             ) from None
+        except Damaged:
+            raise UserError(f"the tracks of {name} in {path} are damaged: {_AGAIN}") from None
         except OSError as error:
             raise UserError(f"the tracks of {name} in {path} cannot be read: {error.strerror}") from error
 
@@ -182,16 +244,14 @@ class TrackStore:
             "places": len(tracks.places),
             "crc": zlib.crc32(body),
         }
-        text = json.dumps(content, separators=(",", ":")).encode()
-        text += b" " * (-(_HEAD.size + len(text)) % 8)
-        path, data = self.path(name), _HEAD.pack(_MAGIC, VERSION, len(text), zlib.crc32(text)) + text + body
+        path, header = self.path(name), headers.packed(_MAGIC, VERSION, content, multiple=8)
         try:
-            _write(path, data)
+            headers.write(path, (header, body))
         except OSError as error:
             raise UserError(
                 f"tracks cannot be written to {path.parent}: {error.strerror or error}"
             ) from error
-        return len(data)
+        return len(header) + len(body)
 
 
 def spans_of(tracked: Tracked, name: str, delta: float = DELTA) -> Spans:
@@ -208,13 +268,13 @@ def spans_of(tracked: Tracked, name: str, delta: float = DELTA) -> Spans:
     if not delta <= tracked.tracks.limit:
         raise UserError(
             f"delta = {delta:g} is above the limit {tracked.tracks.limit:g} with which {name} was tracked: "
-            f"give less, or {_AGAIN} with a higher limit"
+            f"give less, or {_AGAIN} --limit {delta:g}"
         )
     spans = alive(tracked.tracks, delta)
     if not spans.active.any():
         raise UserError(
-            f"no track of {name} is active on any frame with delta = {delta:g}: give more, or track more "
-            "points"
+            f"no track of {name} is active on any frame with delta = {delta:g}: give more, or track "
+            "more points by poodle-lightning trace --points"
         )
     return spans
 
@@ -222,53 +282,44 @@ def spans_of(tracked: Tracked, name: str, delta: float = DELTA) -> Spans:
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
     """Where the body starts, and what the header says."""
     with path.open("rb") as file:
-        head = file.read(_HEAD.size)
-        if len(head) < _HEAD.size:
-            raise _Damaged
-        magic, version, length, crc = _HEAD.unpack(head)
-        if magic != _MAGIC or version != VERSION or length > _LARGEST_HEADER:
-            raise _Damaged
-        text = file.read(length)
-    if len(text) < length or zlib.crc32(text) != crc:
-        raise _Damaged
-    content: dict[str, Any] = json.loads(text)  # its checksum holds: it is what was written
-    return _HEAD.size + length, content
+        start, content = headers.read(file, _MAGIC, VERSION, _LARGEST_HEADER)
+    if path.stat().st_size != start + sum(_sizes(content)):
+        raise Damaged
+    return start, content  # its checksum holds: it is what was written
+
+
+def _kinds(header: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """The arrays of the body: type, rows, columns."""
+    frames, count, places = header["frames"], header["tracks"], header["places"]
+    return [("<f8", frames, 1), ("<i4", count, 1), ("<i4", count, 1), ("<i2", places, 2), ("<f2", places, 1)]
+
+
+def _sizes(header: dict[str, Any]) -> list[int]:
+    return [np.dtype(kind).itemsize * rows * width for kind, rows, width in _kinds(header)]
+
+
+def _limit(header: dict[str, Any]) -> float:
+    return math.inf if header["limit"] is None else header["limit"]
 
 
 def _body(path: Path, start: int, header: dict[str, Any]) -> Tracked:
     """The arrays, mapped; read-only."""
-    frames, count, places = header["frames"], header["tracks"], header["places"]
-    kinds = [("<f8", frames, 1), ("<i4", count, 1), ("<i4", count, 1), ("<i2", places, 2), ("<f2", places, 1)]
-    sizes = [np.dtype(kind).itemsize * rows * width for kind, rows, width in kinds]
-    if path.stat().st_size != start + sum(sizes):
-        raise _Damaged
+    kinds, sizes = _kinds(header), _sizes(header)
     body = np.memmap(path, np.uint8, "r", offset=start, shape=(sum(sizes),))
-    if zlib.crc32(body.data) != header["crc"]:
-        raise _Damaged
+    found = path.stat()
+    this = hash((str(path), found.st_ino, found.st_size, found.st_mtime_ns, header["crc"]))
+    if this not in _intact:
+        if zlib.crc32(body.data) != header["crc"]:
+            raise Damaged
+        _intact.add(this)
     ends = np.cumsum(sizes)
     parts = [
         body[end - size : end].view(kind).reshape((rows, width) if width > 1 else (rows,))
         for end, size, (kind, rows, width) in zip(ends, sizes, kinds, strict=True)
     ]
     times, first, lengths, where, consistency = parts
-    offsets = np.zeros(count + 1, np.int64)
+    offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    size = (header["size"][0], header["size"][1])
-    limit = math.inf if header["limit"] is None else header["limit"]
-    tracks = Tracks(frames, size, header["gamma"], limit, first, offsets, where, consistency)
+    size, gamma, limit = (header["size"][0], header["size"][1]), header["gamma"], _limit(header)
+    tracks = Tracks(header["frames"], size, gamma, limit, first, offsets, where, consistency)
     return Tracked(tracks, times)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's files are private; tracks are shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -13,7 +13,9 @@ from flow_runs import numbers, parse, run
 from torchvision.models.optical_flow import raft_small
 
 from poodle_lightning.commands import flow as command
+from poodle_lightning.commands._estimators import devices_of
 from poodle_lightning.commands._flow_work import Closed, OnDevices
+from poodle_lightning.data import flow_delta
 from poodle_lightning.data.cached_flow import FixedPairs, video_of
 from poodle_lightning.data.decode import VideoReader, probe
 from poodle_lightning.data.encode import write_video
@@ -53,17 +55,23 @@ def test_stores_the_estimators_flow_of_the_fixed_pairs_both_ways(films, tmp_path
     assert run(films, tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert numbers(out) == (6, 0)
-    assert re.search(r"[\d.]+ pairs/s, [\d.]+ MB, \d+ KB a pair", out)
+    found = re.search(
+        r"[\d.]+ pairs/s, [\d.]+ s of video/s, [\d.]+ MB, \d+ KB a pair, ([\d.]+) MB per h", out
+    )
     cache = FlowCache(tmp_path / "out", DIS("fast").fingerprint)
     sampler = FixedPairs(gap=(0.2, 0.4), fixed=3)
+    size = seconds = 0.0
     for path in (films / "a.mp4", films / "b.mp4"):
+        seconds += probe(path).duration
         for pair in sampler.pairs(probe(path).duration):
             with VideoReader(path) as reader:
                 frames, _ = reader.read(pair)
+            size += len(flow_delta.encode(DIS("fast").pixels(*frames), 2))
             stored = cache.get(video_of(str(path)), *pair, size=(HEIGHT, WIDTH))
             np.testing.assert_array_equal(stored, cache.rounded(DIS("fast").pixels(*frames)))
             assert np.median(stored[0, 0]) < -2  # at least 2 frames, each 2 px to the left
             assert np.median(stored[1, 0]) > 2
+    assert float(found[1]) == pytest.approx(size / 1e6 / (seconds / 3600), abs=0.051)
 
 
 def test_goes_on_where_it_was(films, tmp_path, capsys, monkeypatch):
@@ -234,14 +242,14 @@ def test_a_full_device_names_the_remedy(films, tmp_path, monkeypatch, weights):
 def test_devices_have_names(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     by_rank, alone = Share(7, 8, "RANK and WORLD_SIZE"), Share()
-    assert command._devices("cuda", 3, alone) == ["cuda:0", "cuda:1", "cuda:2"]
-    assert command._devices("cpu", 2, alone) == ["cpu", "cpu"]
+    assert devices_of("cuda", 3, alone) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert devices_of("cpu", 2, alone) == ["cpu", "cpu"]
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert command._devices("cuda", 1, alone) == ["cuda"]
-    assert command._devices("cuda", 1, by_rank) == ["cuda:2"]
-    assert command._devices("cuda:1", 1, by_rank) == ["cuda:1"]
+    assert devices_of("cuda", 1, alone) == ["cuda"]
+    assert devices_of("cuda", 1, by_rank) == ["cuda:2"]
+    assert devices_of("cuda:1", 1, by_rank) == ["cuda:1"]
     with pytest.raises(UserError, match="give its kind"):
-        command._devices("cuda:1", 2, alone)
+        devices_of("cuda:1", 2, alone)
 
 
 # ---- several processes

@@ -3,12 +3,17 @@
 import errno
 import math
 import os
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from poodle_lightning.data.tracks import TrackStore, spans_of
+from poodle_lightning.data import tracks as data_tracks
+from poodle_lightning.data.info import fingerprint
+from poodle_lightning.data.sources import Entry
+from poodle_lightning.data.streets import StreetSet, SyntheticSource
+from poodle_lightning.data.tracks import TrackStore, spans_of, track_name, video_print
 from poodle_lightning.ops.geometry import Flow
 from poodle_lightning.ops.random import key_of
 from poodle_lightning.ops.tracks import alive, anchor_frames, follow, pairs_of, starts
@@ -99,18 +104,23 @@ def refusal(store, name=NAME, fingerprint=PRINT):
     with pytest.raises(UserError) as caught:
         store.get(name, fingerprint)
     assert "\n" not in str(caught.value)
-    assert not store.holds(name, fingerprint)
     return str(caught.value)
 
 
 def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     store = TrackStore(tmp_path, EST)
     assert "no tracks of class/video.mp4" in refusal(store)
+    assert "poodle-lightning trace" in refusal(store)
+    assert not store.holds(NAME, PRINT)
     store.put(NAME, PRINT, made(), TIMES)
     assert store.holds(NAME, PRINT)
     assert "was changed after it was tracked" in refusal(store, fingerprint="1" * 32)
+    assert not store.holds(NAME, "1" * 32)
     assert f"made with {EST}, not RAFT" in refusal(TrackStore(tmp_path, "RAFT"))
     assert "gamma = 0.01, not 0.1" in refusal(TrackStore(tmp_path, EST, 0.1))
+    for other in (TrackStore(tmp_path, "RAFT"), TrackStore(tmp_path, EST, 0.1)):
+        with pytest.raises(UserError, match="were made with"):  # not to be written over
+            other.holds(NAME, PRINT)
     assert TrackStore(tmp_path).holds(NAME, PRINT)
     other = store.path("other.mp4")
     other.parent.mkdir(exist_ok=True)
@@ -129,14 +139,81 @@ def test_damage_anywhere_is_noticed(tmp_path):
         torn = bytearray(whole)
         torn[place] ^= 0x10
         path.write_bytes(torn)
-        assert "damaged: delete the file and track the video again" in refusal(store)
+        assert "damaged: track it again by poodle-lightning trace" in refusal(store)
+        if place < 20:
+            assert not store.holds(NAME, PRINT)
     for size in (0, 7, 20, 100, len(whole) - 2):
         path.write_bytes(whole[:size])
         assert "damaged" in refusal(store)
+        assert not store.holds(NAME, PRINT)
     path.write_bytes(whole + b"\0\0")
     assert "damaged" in refusal(store)
     path.write_bytes(whole)
     assert store.holds(NAME, PRINT)
+    assert len(store.get(NAME, PRINT).tracks) == 40
+
+
+def test_holds_wants_as_many_points_and_as_large_a_limit(tmp_path):
+    store = TrackStore(tmp_path, EST)
+    store.put(NAME, PRINT, made(40, limit=0.7), TIMES)
+    assert store.holds(NAME, PRINT, 40, 0.7)
+    assert not store.holds(NAME, PRINT, 41)
+    assert not store.holds(NAME, PRINT, 40, 0.8)
+    store.put(NAME, PRINT, made(40), TIMES)
+    assert store.holds(NAME, PRINT, 40, math.inf)
+
+
+def test_a_body_is_checked_once_until_its_file_changes(tmp_path, monkeypatch):
+    store = TrackStore(tmp_path, EST)
+    store.put(NAME, PRINT, made(), TIMES)
+    checked, crc32 = [], zlib.crc32
+    monkeypatch.setattr(data_tracks.zlib, "crc32", lambda data: checked.append(len(data)) or crc32(data))
+    long = store.path(NAME).stat().st_size - 400  # longer than the header
+    for _ in range(3):
+        store.get(NAME, PRINT)
+    assert sum(size > long for size in checked) == 1
+    os.utime(store.path(NAME), ns=(1, 1))
+    store.get(NAME, PRINT)
+    assert sum(size > long for size in checked) == 2
+
+
+def test_holding_reads_no_body(tmp_path, monkeypatch):
+    store = TrackStore(tmp_path, EST)
+    store.put(NAME, PRINT, made(), TIMES)
+    monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("mapped"))
+    assert store.holds(NAME, PRINT)
+
+
+def test_a_name_is_the_path_below_the_root_and_the_stretch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entry = Entry(0, str(tmp_path / "data" / "train" / "x.mp4"), 1.5, 11.5104, 64, 48)
+    assert track_name(entry, "data") == "train/x.mp4#1500-11510"
+    assert track_name(entry, str(tmp_path / "data" / "train")) == "x.mp4#1500-11510"
+    assert track_name(entry, "elsewhere") == f"{entry.path}#1500-11510"
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "x.mp4").touch()
+    assert track_name(entry, "data/train/x.mp4") == "x.mp4#1500-11510"  # a film is its own root
+    assert track_name(Entry(0, "street-3", 0.0, 8.0, 64, 48), None) == "street-3#0-8000"
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    for name, streets in (("a", StreetSet(2)), ("b", StreetSet(9)), ("c", StreetSet(2, difficulty="hard"))):
+        source = SyntheticSource(streets)
+        (tmp_path / name).write_text(video_print(source, source.entries[1]))
+    a, b, c = ((tmp_path / name).read_text() for name in "abc")
+    assert a == b != c  # how many streets there are does not matter
+    source = SyntheticSource(StreetSet(2))
+    assert video_print(source, source.entries[0]) != a
+    source = None  # of what lies on disk, the disk tells
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"1")
+    entry = Entry(0, str(folder), 0.0, 1.0, 8, 8, 0.1)
+    before = video_print(source, entry)
+    (folder / "2.png").write_bytes(b"2")
+    assert video_print(source, entry) != before
+    film = Entry(0, str(folder / "1.png"), 0.0, 1.0, 8, 8, 0.1)
+    assert video_print(source, film) == fingerprint(film.path)
 
 
 def test_a_folder_in_a_files_place_cannot_be_read(tmp_path):
