@@ -33,7 +33,7 @@ def step(method, clip, optimizer=None):
     method.after_step()
 
 
-TINY = ("dino_tiny", "ibot_tiny", "attmask_tiny", "dora_tiny", "mae_tiny")
+TINY = [name for name in NAMES if name.endswith("_tiny") and not name.startswith(("poodle", "flowe", "byol"))]
 DENSE = ("poodle", "flowe")
 CASES = [(name, form) for name in NAMES for form in DEVICE_FORMS[: 2 if name.startswith(DENSE) else 1]]
 

@@ -14,13 +14,38 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny_models import make_clip, tiny_crops, tiny_encoder, tiny_head, tiny_recipe, tiny_sdm, tiny_vit
 from torch.utils.data import DataLoader
 
-from poodle_lightning import BYOL, DINO, IBOT, MAE, AttMask, DoRA, FlowE, PooDLe
+from poodle_lightning import (
+    BYOL,
+    DINO,
+    IBOT,
+    MAE,
+    AttMask,
+    DenseCL,
+    DoRA,
+    FlowE,
+    MoCo,
+    PixPro,
+    PooDLe,
+    SimCLR,
+    SwAV,
+    VICReg,
+)
 from poodle_lightning.augment.geometric import ResizedCrop
+from poodle_lightning.augment.multicrop import MultiCrop
 from poodle_lightning.flow.given import Given
 from poodle_lightning.methods.mae import DecoderSizes
 from poodle_lightning.ops.crops import SubcropRecipe
 
 NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "IBOT", "AttMask", "DoRA", "MAE"]
+CONTRASTIVE = {
+    "MoCo": MoCo,
+    "DenseCL": DenseCL,
+    "SimCLR": SimCLR,
+    "SwAV": SwAV,
+    "VICReg": VICReg,
+    "PixPro": PixPro,
+}
+NAMES += CONTRASTIVE
 DISTILLATION = {"DINO": DINO, "IBOT": IBOT, "AttMask": AttMask, "DoRA": DoRA}
 
 
@@ -37,6 +62,8 @@ def make(name: str, **settings) -> L.LightningModule:
         method = FlowE(tiny_encoder(output_stride=8), Given(), **heads)
     elif name == "BYOL":
         method = BYOL(tiny_encoder(), crop=ResizedCrop((32, 32)), **heads)
+    elif name in CONTRASTIVE:
+        return frozen_norms(contrastive(name, **heads))
     elif name == "MAE":
         encoder = tiny_vit(positions="sincos")
         return MAE(encoder, ResizedCrop((32, 32)), decoder=DecoderSizes(16, 1, 2), recipe=recipe)
@@ -46,6 +73,23 @@ def make(name: str, **settings) -> L.LightningModule:
         common = {"freeze_last_epochs": 0, "recipe": recipe, **settings}
         return DISTILLATION[name](encoder, head=tiny_head(), crops=tiny_crops(views=views), **common)
     return method.eval()
+
+
+def contrastive(name: str, **heads) -> L.LightningModule:
+    pair = MultiCrop(ResizedCrop((64, 64), (0.4, 1.0), fit="redraw"), locals=0, clip_wide=False)
+    if name == "SwAV":
+        more = {"prototypes": 8, "queue": 0, "freeze_steps": 0, "crops": tiny_crops(clip_wide=False)}
+    else:
+        more = {"crops": pair} | ({"queue": 32} if name in ("MoCo", "DenseCL") else {})
+    return CONTRASTIVE[name](tiny_encoder(), **more, **heads)
+
+
+def frozen_norms(method: L.LightningModule) -> L.LightningModule:
+    """In training, as queues want it, but for BatchNorm."""
+    for layer in method.train().modules():
+        if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+            layer.eval()
+    return method
 
 
 class Halves(L.LightningDataModule):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.pixpro_fpn import HeadedFPN
 from poodle_lightning.nn.recompute import computing_again
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.sdm import SDM
@@ -203,6 +204,18 @@ class _Classifier(nn.Module):
         return scores
 
 
+class _Pyramid(nn.Module):
+    """An encoder and all levels of its pyramid, which a readout takes one of."""
+
+    def __init__(self, encoder: Encoder, decoder: HeadedFPN) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return self.decoder.pyramid(self.encoder(images).maps)
+
+
 def paper_networks() -> dict[str, tuple[nn.Module, float]]:
     """The networks of appendix I: ``{name: (module on the meta device, the paper's GFLOPs)}``."""
     with torch.device("meta"):
@@ -210,6 +223,7 @@ def paper_networks() -> dict[str, tuple[nn.Module, float]]:
         return {
             "ResNet-50": (_Classifier(plain), 43.3),
             "ResNet-50 + SDM": (DecodedEncoder(plain, SDM(plain.channels)), 60.5),
+            "ResNet-50 + FPN": (_Pyramid(plain, HeadedFPN(plain.channels)), 124.4),
             "ResNet-50, stride 8": (_Classifier(ResNet(50, output_stride=8)), 200.7),
         }
 

@@ -1,6 +1,8 @@
-"""What a run's steps are made of, as its trainer knows it: clips per step, steps per epoch."""
+"""What a run's steps are made of, as its trainer knows it: clips per step, steps and keys per epoch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import lightning as L
 
@@ -33,3 +35,47 @@ def steps_per_epoch(trainer: L.Trainer, recipe: Recipe) -> int:
     if isinstance(batches, float):
         raise UserError("the training data has no length: set recipe.horizon_steps and recipe.warmup_steps")
     return max(1, -(-batches // trainer.accumulate_grad_batches))
+
+
+def frames_per_clip(trainer: L.Trainer) -> int:
+    """Frames of a training clip, as the data module's sampler says; 1 of data that has none.
+
+    Args:
+        trainer: its data module's ``sampler`` has ``frames``, or draws pairs.
+    """
+    sampler = getattr(getattr(trainer, "datamodule", None), "sampler", None)
+    return 1 if sampler is None else int(getattr(sampler, "frames", 2))
+
+
+def check_queue(trainer: L.Trainer, size: int, keys_per_clip: int, name: str = "queue") -> None:
+    """Checks, as a fit begins, that an epoch brings a queue as many keys as it holds.
+
+    A longer one would hold keys of the very images that look for a match: their own keys of the epoch before,
+    as negatives. Endless data, batches of an unknown size and ``fast_dev_run`` are let through; so is a run
+    that is cut short (``limit_train_batches``), whose data is what counts.
+
+    Args:
+        trainer: its loader says how many batches an epoch has on this device, its data module (or the loader)
+            how many clips a batch has.
+        size: keys that the queue holds.
+        keys_per_clip: keys that a clip brings to it.
+        name: the argument of the method that sets ``size``.
+
+    Raises:
+        UserError: an epoch has fewer keys.
+    """
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    trainer.fit_loop.setup_data()
+    loader: Any = trainer.train_dataloader
+    per_batch = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    per_batch = getattr(loader, "batch_size", None) if per_batch is None else per_batch
+    if per_batch is None or isinstance(trainer.num_training_batches, float):
+        return
+    clips = len(loader) * int(per_batch) * trainer.world_size
+    keys = clips * keys_per_clip
+    if keys < size:
+        raise UserError(
+            f"fewer clips than the queue needs: model.{name}={size} keys, but an epoch of {clips} clips "
+            f"brings {keys}; set model.{name} to {keys} or less, or raise data.repeats"
+        )

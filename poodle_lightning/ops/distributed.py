@@ -83,3 +83,38 @@ class _Gather(torch.autograd.Function):
         total = gradient.new_empty(gradient.shape[1:], dtype=exact)
         distributed.reduce_scatter_tensor(total.view(-1), gradient.to(exact).contiguous().view(-1))
         return total.to(gradient.dtype)
+
+
+@torch.no_grad()
+def exchange(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of all processes in a new order, each process with as many as before; without gradient.
+
+    Row i of the new global batch is row ``order[i]`` of the old one, where the processes' rows lie in the
+    order of their ranks; ``order.argsort()`` brings them back. One ``all_to_all``: each row goes over once,
+    and only where it is wanted (a ``gather`` would send all to all). All processes must call it, with the
+    same shape and dtype. It waits for no device: which rows go where is known on the host.
+
+    Args:
+        x: ``(n, …)``.
+        order: ``(world · n,)`` int64 on the host, a permutation, the same in all processes.
+
+    Returns:
+        ``(n, …)``, the same dtype.
+
+    Raises:
+        ValueError: ``order`` has another length.
+    """
+    world, count = world_size(), len(x)
+    if order.shape != (world * count,):
+        raise ValueError(f"exchange needs an order of {world} x {count} rows, not {tuple(order.shape)}")
+    order = order.view(world, count)
+    owner, mine = order // max(count, 1), rank()
+    sent = order[owner == mine] - mine * count  # those for process 0 first, in its order
+    rows = x[sent.to(x.device, non_blocking=True)].contiguous()
+    if world == 1:
+        return rows
+    to_each, from_each = (owner == mine).sum(dim=1), owner[mine].bincount(minlength=world)
+    received = torch.empty_like(rows)
+    distributed.all_to_all_single(received, rows, from_each.tolist(), to_each.tolist())
+    places = owner[mine].argsort(stable=True).argsort()
+    return received[places.to(x.device, non_blocking=True)]

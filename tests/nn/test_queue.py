@@ -71,16 +71,18 @@ def test_goes_on_from_its_state():
     assert sorted(queue.state_dict()) == ["place", "rows"]
 
 
-def test_two_processes_have_the_rows_of_one_in_rank_order():
-    batches = [keys(6, seed) for seed in range(3)]
+@pytest.mark.parametrize(("size", "count"), [(10, 6), (6, 6), (7, 2), (4, 6)])
+def test_two_processes_have_the_rows_of_one_in_rank_order(size, count):
+    """Going round in the middle of a process' keys, at their end, and with more keys than room."""
+    batches = [keys(count, seed) for seed in range(5)]
 
     def act(rank):
-        queue = Queue(4, 10)
+        queue = Queue(4, size)
         for batch in batches:
-            queue.enqueue(batch[3 * rank : 3 * rank + 3])
+            queue.enqueue(batch.chunk(2)[rank])
         return queue.state_dict()
 
-    alone = Queue(4, 10)
+    alone = Queue(4, size)
     for batch in batches:
         alone.enqueue(batch)
     first, second = in_two(act)

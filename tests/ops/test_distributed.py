@@ -1,8 +1,9 @@
+import pytest
 import torch
 from device_reads import DeviceReads
 from side_by_side import in_two
 
-from poodle_lightning.ops.distributed import gather, mean_across, rank, world_size
+from poodle_lightning.ops.distributed import exchange, gather, mean_across, rank, world_size
 
 OWN = torch.tensor([[1.0, 2.0, 3.0], [5.0, -2.0, 0.0]])
 
@@ -73,6 +74,58 @@ def test_two_processes_read_nothing_back():
         with DeviceReads([mine]) as reads:
             mean_across(mine)
             gather(mine.requires_grad_()).sum().backward()
+        return reads.found
+
+    assert in_two(act) == [[], []]
+
+
+def test_exchanged_rows_have_the_new_order_and_come_back():
+    whole = torch.randn(8, 3, 2, generator=torch.Generator().manual_seed(0))
+    orders = [torch.randperm(8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    orders += [torch.arange(8), torch.arange(8).flip(0)]  # all stay; all go
+
+    def act(number):
+        mine = whole.chunk(2)[number]
+        moved = [exchange(mine, order) for order in orders]
+        back = [exchange(x, order.argsort()) for x, order in zip(moved, orders, strict=True)]
+        vector = exchange(mine[:, 0, 0], orders[0])
+        half = exchange(mine.to(torch.bfloat16), orders[0])
+        return {"moved": moved, "back": back, "vector": vector, "half": half}
+
+    for number, found in enumerate(in_two(act)):
+        for order, moved, back in zip(orders, found["moved"], found["back"], strict=True):
+            assert torch.equal(moved, whole[order].chunk(2)[number])
+            assert torch.equal(back, whole.chunk(2)[number])
+        wanted = whole[orders[0]].chunk(2)[number]
+        assert torch.equal(found["vector"], wanted[:, 0, 0])
+        assert torch.equal(found["half"], wanted.to(torch.bfloat16))
+
+
+def test_exchanged_images_may_lie_channels_last():
+    whole = torch.randn(4, 3, 5, 6)
+    order = torch.tensor([2, 0, 3, 1])
+
+    def act(number):
+        return exchange(whole.chunk(2)[number].to(memory_format=torch.channels_last), order)
+
+    for number, found in enumerate(in_two(act)):
+        assert torch.equal(found, whole[order].chunk(2)[number])
+
+
+def test_alone_rows_are_put_in_order():
+    x = torch.randn(4, 2, requires_grad=True)
+    order = torch.tensor([3, 0, 2, 1])
+    assert torch.equal(exchange(x, order), x[order])
+    assert not exchange(x, order).requires_grad
+    with pytest.raises(ValueError, match=r"an order of 1 x 4 rows, not \(8,\)"):
+        exchange(x, torch.arange(8))
+
+
+def test_an_exchange_reads_nothing_back():
+    def act(number):
+        mine = OWN[number].clone()[:, None].expand(3, 2).contiguous()
+        with DeviceReads([mine]) as reads:
+            exchange(mine, torch.tensor([5, 3, 0, 1, 2, 4]))
         return reads.found
 
     assert in_two(act) == [[], []]
