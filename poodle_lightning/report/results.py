@@ -55,6 +55,21 @@ _WORDS = {
     "top5": "top-5",
     "top1_best": "top-1, best epoch",
     "top5_best": "top-5, best epoch",
+    **{
+        f"{kind}_ap{end}": f"{kind} AP{word}"
+        for kind in ("box", "mask")
+        for end, word in {
+            "": "",
+            "50": "50",
+            "75": "75",
+            "_small": " S",
+            "_medium": " M",
+            "_large": " L",
+            "_rare": " r",
+            "_common": " c",
+            "_frequent": " f",
+        }.items()
+    },
 }
 
 
