@@ -136,7 +136,7 @@ def _evaluate(words: list[str], stack: ExitStack) -> None:
     request, count = asked.request, asked.runs
     stack.enter_context(_policy(request.allow))
     from poodle_lightning.evaluating import EvaluationCLI
-    from poodle_lightning.report.results import write_summary
+    from poodle_lightning.report.results import shown, write_summary
 
     _import_classes()
     _quieten_lightning()
@@ -161,8 +161,8 @@ def _evaluate(words: list[str], stack: ExitStack) -> None:
     if count > 1 and len(contents) == count:
         summary = write_summary(folder, contents)
         name = summary["headline"]
-        mean, spread = summary["mean"][name], summary["std"][name]
-        print(f"{name} of {count} runs: {100 * mean:.2f} ± {100 * spread:.2f} %  ({folder / 'runs.md'})")
+        mean, spread = (shown(name, summary[kind][name], digits=2) for kind in ("mean", "std"))
+        print(f"{name} of {count} runs: {mean} ± {spread}  ({folder / 'runs.md'})")
 
 
 @contextmanager

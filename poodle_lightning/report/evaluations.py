@@ -12,7 +12,7 @@ from poodle_lightning.draw.curves import Series, curves
 from poodle_lightning.draw.segmentation import class_bars, palette
 from poodle_lightning.report.files import RunFiles
 from poodle_lightning.report.page import Section, chips, data_url, grid, plot, table
-from poodle_lightning.report.results import PICTURES, read_result, words_of
+from poodle_lightning.report.results import PICTURES, read_result, shown, words_of
 
 _WORST = " Pictures: image, truth, prediction, errors (red) of the worst images of the worst classes."
 # What the pictures of a protocol show, where it is not the worst images.
@@ -34,7 +34,7 @@ def result(files: RunFiles) -> Section | None:
     if content is None:
         return None
     scores = {name: value for name, value in content["scores"].items() if value is not None}
-    rows = [[words_of(name), f"{100 * value:.2f} %"] for name, value in scores.items()]
+    rows = [[words_of(name), shown(name, value, digits=2, unit=" %")] for name, value in scores.items()]
     rows += [[name.replace("_", " "), f"{number:,}"] for name, number in content["counts"].items()]
     body = table(["", ""], rows)
     measures = content["per_class"]

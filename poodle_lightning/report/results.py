@@ -55,6 +55,15 @@ _WORDS = {
     "top5": "top-5",
     "top1_best": "top-1, best epoch",
     "top5_best": "top-5, best epoch",
+    "rmse": "RMSE [m]",
+    "rmse_image": "RMSE, mean of images [m]",
+    "abs_rel": "AbsRel",
+    "sq_rel": "SqRel [m]",
+    "rmse_log": "RMSE of logs",
+    "log10": "log10",
+    "delta1": "δ < 1.25",
+    "delta2": "δ < 1.25²",
+    "delta3": "δ < 1.25³",
     **{
         f"{kind}_ap{end}": f"{kind} AP{word}"
         for kind in ("box", "mask")
@@ -71,6 +80,9 @@ _WORDS = {
         }.items()
     },
 }
+
+# errors of depth, which are no shares of anything
+_AS_THEY_ARE = ("rmse", "rmse_image", "abs_rel", "sq_rel", "rmse_log", "log10")
 
 
 @runtime_checkable
@@ -139,23 +151,26 @@ def write_summary(folder: Path, contents: Sequence[Mapping[str, Any]]) -> dict[s
     _write(folder / "runs.json", json.dumps(_plain(summary), indent=2) + "\n")
     head = ["encoder", "protocol", "runs", *map(words_of, scores)]
     row = [str(first["encoder"]), str(first["protocol"]), str(len(contents))]
-    row += [f"{_percent(scores[name])} ± {_percent(spread[name])}" for name in scores]
+    row += [f"{shown(name, scores[name])} ± {shown(name, spread[name])}" for name in scores]
     _write(folder / "runs.md", _table(head, [row]))
     return summary
 
 
 def markdown(content: Mapping[str, Any]) -> str:
-    """One row of all scores in percent, then one row per class."""
+    """One row of all scores, then one row per class."""
     scores, per_class = content["scores"], content["per_class"]
     head = ["encoder", "protocol", *map(words_of, scores)]
-    row = [str(content["encoder"]), str(content["protocol"]), *map(_percent, scores.values())]
+    row = [str(content["encoder"]), str(content["protocol"]), *(shown(*score) for score in scores.items())]
     text = _table(head, [row])
     if per_class:
         names = list(next(iter(per_class.values())))
-        rows = [[name, *(_percent(per_class[measure][name]) for measure in per_class)] for name in names]
+        rows = [
+            [name, *(shown(measure, per_class[measure][name]) for measure in per_class)] for name in names
+        ]
         text += "\n" + _table(["class", *map(words_of, per_class)], rows)
     counts = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in content["counts"].items())
-    return text + (f"\n{counts}\n" if counts else "") + "\nScores in %.\n"
+    units = "\nScores in %" + ("; errors as they are.\n" if set(scores) & set(_AS_THEY_ARE) else ".\n")
+    return text + (f"\n{counts}\n" if counts else "") + units
 
 
 def draw_worst(folder: Path, scores: Scores, segmenter: Segmenter, data: Labelled) -> list[Path]:
@@ -210,7 +225,8 @@ def report_result(
         model.to(trainer.strategy.root_device)  # from where validation's end has taken it
         draw_worst(folder, scores, model, data)
     value = content["value"]
-    _log.info("%s: %.2f %% %s  (%s)", scores.protocol, 100 * value, scores.headline, folder / "result.md")
+    found = shown(scores.headline, value, digits=2, unit=" %")
+    _log.info("%s: %s %s  (%s)", scores.protocol, found, scores.headline, folder / "result.md")
     return content
 
 
@@ -230,8 +246,18 @@ def words_of(measure: str) -> str:
     return _WORDS.get(measure, measure.replace("_", " "))
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{100 * value:.1f}"
+def shown(measure: str, value: float | None, digits: int = 1, unit: str = "") -> str:
+    """A score as tables print it: a share in percent, an error as it is.
+
+    Args:
+        measure: its key.
+        value: None or not finite: there is none.
+        digits: of a percentage.
+        unit: behind a percentage.
+    """
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.3f}" if measure in _AS_THEY_ARE else f"{100 * value:.{digits}f}{unit}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -150,3 +150,15 @@ def test_the_report_of_object_discovery_says_what_its_pictures_show(tmp_path):
     assert "found (magenta)" in page
     assert "errors (red)" not in page
     assert page.count("discovery_00001_dog") == 2
+
+
+def test_errors_are_printed_as_they_are_and_shares_in_percent(tmp_path):
+    scores = Scores("depth", "rmse", {"rmse": 0.9504, "delta1": 0.8125})
+    content = write_result(tmp_path, scores, {"encoder": "e", "seed": 0, "step": 1})
+    text = (tmp_path / "result.md").read_text()
+    assert "RMSE [m] | δ < 1.25" in text
+    assert "0.950 | 81.2" in text
+    assert text.endswith("Scores in %; errors as they are.\n")
+    summary = write_summary(tmp_path, [content, {**content, "scores": {"rmse": 1.0504, "delta1": 0.8125}}])
+    assert summary["headline"] == "rmse"
+    assert "1.000 ± 0.071 | 81.2 ± 0.0" in (tmp_path / "runs.md").read_text()
