@@ -13,9 +13,11 @@ from poodle_lightning.configured import spec
 from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.methods.base import Method
 from poodle_lightning.methods.poodle import PooDLe
+from poodle_lightning.methods.trace import Trace
 
 ROOT = Path(__file__).parents[1] / "configs"
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiment").glob("*.yaml"))
+TRACES = sorted(path.stem for path in (ROOT / "experiment").glob("trace_*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "experiment").glob("*.yaml") if path.stem not in TRACES)
 # these change the trainer alone; tests/callbacks/test_probes.py and test_compiled.py run them
 OF_TRAINERS = ("probes", "compile")
 PATCHES = sorted(path.stem for path in (ROOT / "patch").glob("*.yaml") if path.stem not in OF_TRAINERS)
@@ -29,6 +31,9 @@ BASES = {
     "dino_": "dino_wt_venice",
     "attmask_": "attmask_wt_venice",
     "epochs_": "ibot_wt_venice",
+    "vito_": "vito_videonet",
+    "moclr_": "moclr_videonet",
+    "pico_": "pico_kinetics400",
 }
 HEADER = ("command", "hardware", "hours", "expected", "obtained")
 
@@ -55,7 +60,14 @@ def test_experiments_build(name):
     assert isinstance(data, VideoDataModule)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", TRACES)
+def test_what_tracks_points_builds(name):
+    method, data = made(f"experiment/{name}")
+    assert isinstance(method, Trace)
+    assert isinstance(data, VideoDataModule)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS + TRACES)
 def test_experiments_have_a_header(name):
     lines = (ROOT / "experiment" / f"{name}.yaml").read_text().splitlines()
     head = [line for line in lines if line.startswith("#")]

@@ -13,7 +13,7 @@ from tiny_models import make_clip
 from two_processes import make
 
 FILE = Path(__file__).parent / "golden" / "losses.json"
-NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "DoRA"]
+NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "DoRA", "MoCo", "SwAV", "PixPro", "VITO"]
 
 
 def curve(name: str) -> list[float]:
@@ -25,9 +25,10 @@ def curve(name: str) -> list[float]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        method.target.update(method.online, 0.9)
+        if method.target is not None:
+            method.target.update(method.online, 0.9)
         method.after_step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -19,10 +19,12 @@ from poodle_lightning import (
     DINO,
     IBOT,
     MAE,
+    VITO,
     AttMask,
     DenseCL,
     DoRA,
     FlowE,
+    MoCLR,
     MoCo,
     PixPro,
     PooDLe,
@@ -45,7 +47,7 @@ CONTRASTIVE = {
     "VICReg": VICReg,
     "PixPro": PixPro,
 }
-NAMES += CONTRASTIVE
+NAMES += [*CONTRASTIVE, "MoCLR", "VITO"]
 DISTILLATION = {"DINO": DINO, "IBOT": IBOT, "AttMask": AttMask, "DoRA": DoRA}
 
 
@@ -64,6 +66,9 @@ def make(name: str, **settings) -> L.LightningModule:
         method = BYOL(tiny_encoder(), crop=ResizedCrop((32, 32)), **heads)
     elif name in CONTRASTIVE:
         return frozen_norms(contrastive(name, **heads))
+    elif name in ("MoCLR", "VITO"):
+        kind, views = {"MoCLR": MoCLR, "VITO": VITO}[name], {"views": 2}
+        method = kind(tiny_encoder(), crop=ResizedCrop((64, 64)), **views, **heads)
     elif name == "MAE":
         encoder = tiny_vit(positions="sincos")
         return MAE(encoder, ResizedCrop((32, 32)), decoder=DecoderSizes(16, 1, 2), recipe=recipe)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -151,25 +151,37 @@ class ClipSampler:
 
 @dataclass(frozen=True)
 class WindowSampler:
-    """``frames`` frames at independent uniform times of a window of ``seconds`` at a random place.
+    """``frames`` frames within a window of ``seconds`` at a random place; the laws of VITO, Fig. A.2.
 
     What makes no sense is refused by ``check``.
+
+    Args:
+        frames: how many; their times are increasing.
+        seconds: length of the window. (VITO: 2.56)
+        law: how the frames lie in the window. "uniform": each at a uniform time, independent of the others
+            (VITO's marginal sampling; the most frequent distance of two is 0). "chunks": one at a uniform
+            time of each of as many equal parts (Xu & Wang, 2021). "gap": at equal distances, from one end of
+            the window to the other (Gordon et al., 2020, have a fixed distance; that it is
+            ``seconds / (frames − 1)`` is ours).
     """
 
     frames: int
     seconds: float
+    law: Literal["uniform", "gap", "chunks"] = "uniform"
 
     def check(self) -> None:
         """Refuse what makes no sense; not done while it is made, see ``ClipSampler.check``.
 
         Raises:
-            UserError: no frames, or a window that is negative.
+            UserError: no frames, a window that is negative, or an unknown law.
         """
         if self.frames < 1 or not 0 <= self.seconds < math.inf:
             raise UserError(
                 "data.sampler: a window needs frames >= 1 and seconds >= 0,"
                 f" not {self.frames} and {self.seconds}"
             )
+        if self.law not in ("uniform", "gap", "chunks"):
+            raise UserError(f"data.sampler: law must be uniform, gap or chunks, not {self.law!r}")
 
     @property
     def span(self) -> float:
@@ -183,8 +195,16 @@ class WindowSampler:
             TooShort: the duration is less than ``span``.
         """
         start = _start(duration, self.span, key)
-        shares = sorted(_draw(key, "frames", self.frames))
-        return [min(start + self.seconds * share, duration) for share in shares]
+        return [min(start + self.seconds * share, duration) for share in self._shares(key)]
+
+    def _shares(self, key: Tensor) -> list[float]:
+        """Places of the frames in the window, in [0, 1]."""
+        if self.law == "gap":
+            return [k / max(self.frames - 1, 1) for k in range(self.frames)]
+        drawn = _draw(key, "frames", self.frames)
+        if self.law == "chunks":
+            return [(k + share) / self.frames for k, share in enumerate(drawn)]
+        return sorted(drawn)
 
 
 class Timed(Protocol):

@@ -41,7 +41,8 @@ class Queue(nn.Module):
         super().__init__()
         if size < 1 or dims < 1:
             raise ValueError(f"a queue needs size >= 1 and dims >= 1, not {size} and {dims}")
-        first = normal(key_of(seed, "queue"), size * dims).view(size, dims)
+        with torch.device("cpu"):  # draws are the host's, whatever the device on which the module is made
+            first = normal(key_of(seed, "queue"), size * dims).view(size, dims)
         self.register_buffer("rows", normalize(first, dim=1))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
 

@@ -31,12 +31,21 @@ class TimmEncoder(Encoder):
         weights: None: untrained; ``"pretrained"``: those that timm offers under the tag; or the path of a
             state dict with timm's names (a classifier in it is left out).
         output_stride: turns strides of the last stages into dilation, where the model can do that.
+        norm: the deepest map goes through the model's last normalisation, as the vector does (Swin; plain
+            transformers: all maps). For methods that train maps and not the vector: without, the parameters
+            of that layer get no gradient from them.
 
     Raises:
         UserError: timm has no such model or weights, or the model gives no maps or cannot be dilated.
     """
 
-    def __init__(self, name: str, weights: str | None = None, output_stride: int | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: str | None = None,
+        output_stride: int | None = None,
+        norm: bool = False,
+    ) -> None:
         check_name(name)
         model: Any = _create(name, weights == PRETRAINED, output_stride)
         if not hasattr(model, "forward_intermediates"):
@@ -51,6 +60,7 @@ class TimmEncoder(Encoder):
             std=configured.get("std") or IMAGENET_STD,
         )
         self.model: Any = model
+        self.norm = norm
         if weights is not None and weights != PRETRAINED:
             load_state(model, _without_classifier(read_state(weights), model), f"weights {weights!r}")
 
@@ -61,7 +71,7 @@ class TimmEncoder(Encoder):
 
     def features(self, normalised: Tensor) -> Features:
         """A map per stage and the pooled vector."""
-        last, maps = self.model.forward_intermediates(normalised)
+        last, maps = self.model.forward_intermediates(normalised, norm=self.norm)
         return Features(
             maps=dict(zip(self.channels, maps, strict=True)),
             strides=dict(self.strides),

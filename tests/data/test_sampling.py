@@ -18,6 +18,8 @@ SAMPLERS = [
     ClipSampler(frames=8, step=0.1),
     ClipSampler(frames=1, step=0.1),
     WindowSampler(frames=4, seconds=1.5),
+    WindowSampler(frames=3, seconds=1.5, law="gap"),
+    WindowSampler(frames=3, seconds=1.5, law="chunks"),
 ]
 
 
@@ -97,6 +99,26 @@ def test_window_frames_are_sorted_and_uniform():
     times = draw(WindowSampler(frames=1, seconds=5.0), 5.0, 2000)
     assert kstest(times[:, 0], "uniform", args=(0.0, 5.0)).pvalue > 1e-3
     assert (np.diff(draw(WindowSampler(frames=5, seconds=2.0), 9.0), axis=1) >= 0).all()
+
+
+def test_an_unknown_law_is_refused():
+    with pytest.raises(
+        UserError, match=r"^data\.sampler: law must be uniform, gap or chunks, not 'poisson'$"
+    ):
+        WindowSampler(frames=2, seconds=1.0, law="poisson").check()
+
+
+def test_windows_laws():
+    """VITO, Fig. A.2: chunks are uniform in each part; a gap is fixed; marginal sampling has its median."""
+    chunks = draw(WindowSampler(3, 3.0, "chunks"), 3.0, 2000)
+    for k in range(3):
+        assert kstest(chunks[:, k] - k, "uniform").pvalue > 1e-3
+    gaps = draw(WindowSampler(3, 3.0, "gap"), 9.0)
+    assert np.allclose(np.diff(gaps, axis=1), 1.5)
+    assert kstest(gaps[:, 0] / 6.0, "uniform").pvalue > 1e-3
+    pairs = np.diff(draw(WindowSampler(2, 2.56), 9.0, 4000), axis=1)
+    assert abs(np.median(pairs) - 2.56 * (1 - 0.5**0.5)) < 0.04  # the paper: 0.76 s
+    assert len(draw(WindowSampler(1, 1.0, "gap"), 2.0, 1)[0]) == 1
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,17 @@ def test_takes_other_sizes_where_the_model_can():
     assert found.last.shape == (1, 768, 8, 7)
 
 
+def test_swins_deepest_map_may_be_what_its_vector_is_the_mean_of():
+    plain = TimmEncoder("swin_tiny_patch4_window7_224").eval()
+    normed = TimmEncoder("swin_tiny_patch4_window7_224", norm=True).eval()
+    normed.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        one, other = (encoder(torch.rand(1, 3, 64, 64)) for encoder in (plain, normed))
+    assert one.maps.keys() == other.maps.keys() == {f"layers{k}" for k in range(4)}
+    torch.testing.assert_close(other.vector, other.last.mean(dim=(2, 3)), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(one.vector, one.last.mean(dim=(2, 3)), atol=1e-2)
+
+
 def test_colours_are_those_of_the_weights():
     assert TimmEncoder("mobilenetv3_small_050.lamb_in1k").mean.flatten()[0].item() == pytest.approx(0.485)
     half = TimmEncoder("mixer_s32_224")
