@@ -22,6 +22,7 @@ from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe, Schedule, build_optimizer, clip_each
+from poodle_lightning.ops.random import drawn_from, fold
 from poodle_lightning.types import Clip, Look, Losses, UserError
 
 
@@ -54,7 +55,8 @@ class Method(L.LightningModule, Configured):
     # ---- steps
     def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
         """Sum of the terms; logs ``train/loss`` and each ``train/loss_<term>``."""
-        return self._total("train", clip)
+        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):  # what torch draws by itself
+            return self._total("train", clip)
 
     def validation_step(self, clip: Clip, batch_idx: int) -> Tensor:
         """The same loss on held-out clips, with draws that never change."""

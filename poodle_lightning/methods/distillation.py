@@ -20,8 +20,6 @@ the batch is split otherwise, over devices or accumulated ones. All other draws 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -40,7 +38,6 @@ from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.vit import ViT
-from poodle_lightning.ops.random import fold
 from poodle_lightning.types import Clip, Look, UserError
 
 RECIPE = Recipe(
@@ -174,11 +171,6 @@ class SelfDistillation(Method):
         return teacher_probabilities(logits, self.centre.value, self.temperature)
 
     # ---- hooks
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; the stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Takes the last layer's gradients away while it is frozen, so that it does not decay either."""
         super().on_before_optimizer_step(optimizer)
@@ -226,25 +218,3 @@ def warmed_up(epoch: int, ends: tuple[float, float], epochs: int) -> float:
     """``np.linspace(*ends, epochs)[epoch]``, then the second end: the temperature schedule of DINO's code."""
     start, end = ends
     return end if epoch >= epochs else start + (end - start) * epoch / max(epochs - 1, 1)
-
-
-@contextmanager
-def drawn_from(key: Tensor, device: torch.device) -> Iterator[None]:
-    """What torch draws inside, on the host and on a device, follows from a key ``(1,)``.
-
-    Both generators go on as if nothing had been drawn, and no other is touched. States lie on the host, those
-    of a device's generator too: nothing is read back.
-    """
-    generators = [torch.default_generator]
-    if device.type == "mps":
-        generators.append(torch.mps._get_default_mps_generator())
-    elif device.type != "cpu":
-        generators.append(torch.get_device_module(device).default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(int(key))
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)

@@ -32,7 +32,6 @@ from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.contrastive import across_views
 from poodle_lightning.methods.base import Method
-from poodle_lightning.methods.distillation import drawn_from
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.heads import MLP
@@ -164,11 +163,6 @@ class MoCLR(Method):
             part, drawn = views[first::2], fold(keys, "colour")[:, first::2].t().flatten()
             views[first::2] = colour(part.flatten(0, 1), drawn).view_as(part)
         return views
-
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; an encoder's stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

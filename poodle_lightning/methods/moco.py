@@ -37,7 +37,6 @@ from poodle_lightning.augment.multicrop import MultiCrop
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.contrastive import info_nce
 from poodle_lightning.methods.base import Method
-from poodle_lightning.methods.distillation import drawn_from
 from poodle_lightning.methods.run_length import check_queue, frames_per_clip
 from poodle_lightning.nn.ema import EMA
 from poodle_lightning.nn.encoder import Encoder
@@ -47,7 +46,7 @@ from poodle_lightning.nn.queue import Queue
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.ops.distributed import exchange, world_size
-from poodle_lightning.ops.random import fold, key_of, permutation
+from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import Clip, Look, Losses, UserError
 
 RECIPE = Recipe(
@@ -174,11 +173,6 @@ class MoCo(Method):
         """Compares the queue with what an epoch brings."""
         keys = 1 if self.frames == "pair" else frames_per_clip(self.trainer)
         check_queue(self.trainer, len(self.queue.rows), keys)
-
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; an encoder's stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

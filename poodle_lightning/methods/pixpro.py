@@ -32,7 +32,6 @@ from torch import Tensor
 from poodle_lightning.augment.multicrop import MultiCrop, first_frames
 from poodle_lightning.losses.pixel_consistency import consistency, positive_pairs
 from poodle_lightning.methods.base import Method
-from poodle_lightning.methods.distillation import drawn_from
 from poodle_lightning.methods.moco import check_two_views
 from poodle_lightning.methods.vicreg import byol_crops
 from poodle_lightning.nn.ema import EMA
@@ -44,7 +43,6 @@ from poodle_lightning.nn.pixel_propagation import PixelPropagation
 from poodle_lightning.nn.pixpro_fpn import HeadedFPN
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import Affine
-from poodle_lightning.ops.random import fold
 from poodle_lightning.types import Clip, Look, Losses
 
 RECIPE = Recipe(
@@ -158,11 +156,6 @@ class PixPro(Method):
             there = consistency(self.propagation(x_a), t_b, positive)
             levels.append(there + consistency(self.propagation(x_b), t_a, positive.mT))
         return {"pixel": torch.stack(levels).mean()}
-
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; an encoder's stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

@@ -32,7 +32,6 @@ from poodle_lightning.augment.multicrop import Crops, MultiCrop, first_frames
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.clustering import swapped_prediction
 from poodle_lightning.methods.base import Method
-from poodle_lightning.methods.distillation import drawn_from
 from poodle_lightning.methods.run_length import check_queue, frames_per_clip
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.heads import MLP
@@ -44,7 +43,6 @@ from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.ops.distributed import rank, world_size
 from poodle_lightning.ops.geometry import island
-from poodle_lightning.ops.random import fold
 from poodle_lightning.ops.sinkhorn import assign
 from poodle_lightning.types import Clip, Look, Losses, UserError
 
@@ -175,11 +173,6 @@ class SwAV(Method):
         """Compares the queues with what an epoch brings."""
         for queue in self.waiting()[:1]:
             check_queue(self.trainer, len(queue.rows), frames_per_clip(self.trainer))
-
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; an encoder's stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Takes the prototypes' gradients away while they are frozen, so that they do not decay either."""

@@ -28,13 +28,11 @@ from poodle_lightning.augment.multicrop import MultiCrop, first_frames
 from poodle_lightning.augment.photometric import Colour
 from poodle_lightning.losses.redundancy import vicreg
 from poodle_lightning.methods.base import Method
-from poodle_lightning.methods.distillation import drawn_from
 from poodle_lightning.methods.moco import check_two_views
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
-from poodle_lightning.ops.random import fold
 from poodle_lightning.types import Clip, Look, Losses
 
 RECIPE = Recipe(
@@ -114,11 +112,6 @@ class VICReg(Method):
         """The three terms (paper Eq. 6); each view is a batch of its own to BatchNorm, as in the code."""
         first, second = (self.online.pooled(view) for view in self.crops(clip).large)
         return vicreg(first, second, *self.weights)
-
-    def training_step(self, clip: Clip, batch_idx: int) -> Tensor:
-        """See :class:`Method`; an encoder's stochastic depth follows from the batch's first key."""
-        with drawn_from(fold(clip.key[:1], "drop path"), clip.device):
-            return super().training_step(clip, batch_idx)
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:

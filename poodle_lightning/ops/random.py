@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -111,3 +113,25 @@ def normal(key: Tensor, count: int = 1) -> Tensor:
     v = uniform(fold(key, "angle"), count, dtype=torch.float64)
     radius = (-2.0 * torch.log1p(-u)).sqrt()
     return (radius * (2.0 * math.pi * v).cos()).float()
+
+
+@contextmanager
+def drawn_from(key: Tensor, device: torch.device) -> Iterator[None]:
+    """What torch draws inside, on the host and on a device, follows from a key ``(1,)``.
+
+    Both generators go on as if nothing had been drawn, and no other is touched. States lie on the host, those
+    of a device's generator too: nothing is read back.
+    """
+    generators = [torch.default_generator]
+    if device.type == "mps":
+        generators.append(torch.mps._get_default_mps_generator())
+    elif device.type != "cpu":
+        generators.append(torch.get_device_module(device).default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(int(key))
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

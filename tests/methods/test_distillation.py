@@ -12,9 +12,8 @@ import poodle_lightning
 from poodle_lightning import DINO, IBOT, DoRA, from_pretrained, save_pretrained
 from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.augment.multicrop import MultiCrop, crop_keys, first_frames
-from poodle_lightning.methods.distillation import drawn_from, other_views, warmed_up
+from poodle_lightning.methods.distillation import other_views, warmed_up
 from poodle_lightning.nn.optim import Recipe
-from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import UserError
 
 
@@ -96,26 +95,6 @@ def test_only_the_student_drops_paths_and_what_it_drops_follows_from_the_keys():
         torch.manual_seed(seed)
         assert torch.equal(after, torch.rand(1))  # the global generator stays where it was
     assert torch.equal(found[0], found[1])
-
-
-def test_only_generators_that_draw_are_seeded_and_all_go_on_as_they_were(monkeypatch):
-    """Of a machine with two devices, played by two generators, the first one is another process's."""
-    here, there = (torch.Generator().manual_seed(seed) for seed in (3, 4))
-    devices = type("Devices", (), {"default_generators": (here, there)})
-    monkeypatch.setattr(torch, "get_device_module", lambda device: devices)
-    monkeypatch.setattr(torch, "manual_seed", None)  # it seeds every device
-    every = [torch.default_generator, here, there]
-    before = [generator.get_state() for generator in every]
-    drawn = []
-    for _ in range(2):
-        with drawn_from(key_of(0, "a")[None], torch.device("cuda", 1)):
-            drawn.append([torch.rand(1).item(), torch.rand(1, generator=there).item()])
-            assert torch.equal(here.get_state(), before[1])
-        assert all(torch.equal(one.get_state(), state) for one, state in zip(every, before, strict=True))
-    assert drawn[0] == drawn[1]
-    with pytest.raises(ZeroDivisionError), drawn_from(key_of(0, "b")[None], torch.device("cpu")):
-        assert torch.rand(1).item() / 0 != drawn[0][0]
-    assert torch.equal(torch.get_rng_state(), before[0])
 
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "method"

@@ -3,7 +3,16 @@ import pytest
 import torch
 from scipy import stats
 
-from poodle_lightning.ops.random import bernoulli, fold, key_of, normal, permutation, randint, uniform
+from poodle_lightning.ops.random import (
+    bernoulli,
+    drawn_from,
+    fold,
+    key_of,
+    normal,
+    permutation,
+    randint,
+    uniform,
+)
 
 
 def splitmix_finaliser(x: int) -> int:
@@ -77,3 +86,23 @@ def test_permutations_are_permutations():
 def test_randint_refuses_an_empty_range():
     with pytest.raises(ValueError, match="high >= 1"):
         randint(key_of(0)[None], 0)
+
+
+def test_only_generators_that_draw_are_seeded_and_all_go_on_as_they_were(monkeypatch):
+    """Of a machine with two devices, played by two generators, the first one is another process's."""
+    here, there = (torch.Generator().manual_seed(seed) for seed in (3, 4))
+    devices = type("Devices", (), {"default_generators": (here, there)})
+    monkeypatch.setattr(torch, "get_device_module", lambda device: devices)
+    monkeypatch.setattr(torch, "manual_seed", None)  # it seeds every device
+    every = [torch.default_generator, here, there]
+    before = [generator.get_state() for generator in every]
+    drawn = []
+    for _ in range(2):
+        with drawn_from(key_of(0, "a")[None], torch.device("cuda", 1)):
+            drawn.append([torch.rand(1).item(), torch.rand(1, generator=there).item()])
+            assert torch.equal(here.get_state(), before[1])
+        assert all(torch.equal(one.get_state(), state) for one, state in zip(every, before, strict=True))
+    assert drawn[0] == drawn[1]
+    with pytest.raises(ZeroDivisionError), drawn_from(key_of(0, "b")[None], torch.device("cpu")):
+        assert torch.rand(1).item() / 0 != drawn[0][0]
+    assert torch.equal(torch.get_rng_state(), before[0])
