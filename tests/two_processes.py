@@ -113,7 +113,9 @@ class Keep(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            centres = {name: c for name, c in module.named_buffers() if name.endswith("centre.value")}
+            centres = {
+                name: c for name, c in module.named_buffers() if name.endswith(("centre.value", "queue.rows"))
+            }
             torch.save({**centres, **{name: p.detach() for name, p in module.named_parameters()}}, self.file)
 
 
