@@ -16,6 +16,7 @@ from poodle_lightning.nn.dino_head import DINOHead
 from poodle_lightning.nn.frozen import Frozen
 from poodle_lightning.nn.heads import MLP, ConvMLP
 from poodle_lightning.nn.mae_decoder import MAEDecoder
+from poodle_lightning.nn.pixpro_fpn import HeadedFPN
 from poodle_lightning.nn.vit import ViT
 from poodle_lightning.types import UserError
 
@@ -139,14 +140,16 @@ def modules_of(part: Part, method: L.LightningModule) -> list[nn.Module]:
     """The modules of a method that make up a part, online and target; empty where it has none."""
     if not isinstance(method, Method):
         return []
+    networks = [method.online] + ([] if method.target is None else [method.target.module])
     if part == "heads":
-        return [module for module in method.modules() if isinstance(module, ConvMLP | MLP | DINOHead)]
+        kinds = ConvMLP | MLP | DINOHead
+        named = [child for net in networks for name, child in net.named_children() if "projector" in name]
+        return [*(one for one in method.modules() if isinstance(one, kinds)), *_others(named, kinds)]
     if part == "flow":
         flow = getattr(method, "flow", None)
         frozen = flow.modules() if isinstance(flow, nn.Module) else ()
         # an estimator calls the parts of its network one by one
         return [child for net in frozen if isinstance(net, Frozen) for child in net.module.children()]
-    networks = [method.online] + ([] if method.target is None else [method.target.module])
     owners = [*networks, method] if part == "decoder" else networks  # MAE's decoder is not exported
     found = [getattr(owner, part, None) for owner in owners]
     return [called for module in found if module is not None for called in _called(module)]
@@ -154,7 +157,14 @@ def modules_of(part: Part, method: L.LightningModule) -> list[nn.Module]:
 
 def _called(network: nn.Module) -> list[nn.Module]:
     """What every way through a network calls: a transformer has several, which share its blocks."""
+    if isinstance(network, HeadedFPN):  # PixPro takes all levels, an exported encoder the finest
+        return [network.fpn, network.head]
     return list(network.blocks) if isinstance(network, ViT | MAEDecoder) else [network]
+
+
+def _others(modules: list[nn.Module], kinds: Any) -> list[nn.Module]:
+    """Projectors that are plain sequences, as MoCo's."""
+    return [module for module in modules if not isinstance(module, kinds)]
 
 
 def _while_training(method: L.LightningModule, module: nn.Module) -> Callable[..., Any]:

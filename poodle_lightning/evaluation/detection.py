@@ -23,7 +23,6 @@ from typing import Any, ClassVar, Literal, Self
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
@@ -44,6 +43,7 @@ from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
 from poodle_lightning.nn.fpn import FPN
 from poodle_lightning.nn.head_optim import HeadRecipe, build_head_optimizer
 from poodle_lightning.nn.optim import Schedule
+from poodle_lightning.ops.distributed import on_first
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import ClassSet, UserError
 
@@ -65,6 +65,8 @@ class Detection(Evaluation):
             (detectron2, torchvision); False trains them.
         recipe: how it is optimised; None is detectron2's 1x.
         detections: of an image, at most; COCO 100, LVIS 300.
+        threshold: score below which a detection is left out; detectron2: COCO 0.05, LVIS 1e-4, for its rare
+            classes have low scores.
         protocol: its name in tables; None makes one up.
 
     Raises:
@@ -85,6 +87,7 @@ class Detection(Evaluation):
         frozen_norms: bool = True,
         recipe: HeadRecipe | None = None,
         detections: int = 100,
+        threshold: float = 0.05,
         protocol: str | None = None,
     ) -> None:
         given = copy.deepcopy(encoder) if isinstance(encoder, Encoder) else encoder
@@ -92,7 +95,7 @@ class Detection(Evaluation):
         if detections < 1:
             raise UserError("model.detections must be at least 1")
         self.kind, self.frozen, self.frozen_pyramid = detector, frozen, frozen_pyramid
-        self.frozen_norms, self.detections = frozen_norms, detections
+        self.frozen_norms, self.detections, self.threshold = frozen_norms, detections, threshold
         self.recipe = recipe or HeadRecipe(
             min_lr=0.0,
             weight_decay=1e-4,
@@ -153,7 +156,13 @@ class Detection(Evaluation):
             extra = LastLevelMaxPool() if self.kind == "maskrcnn" else LastLevelP6P7(width, width)
             self.coarser = extra
             self.network = make_detector(
-                self.kind, self._levels, self.the_encoder(), width, len(self.class_set), self.detections
+                self.kind,
+                self._levels,
+                self.the_encoder(),
+                width,
+                len(self.class_set),
+                self.detections,
+                self.threshold,
             )
         self._set_gradients()
         self.train(self.training)
@@ -168,7 +177,12 @@ class Detection(Evaluation):
                 norm.requires_grad_(False)
         pyramid = own or self.pyramid
         assert pyramid is not None
-        pyramid.requires_grad_(not self.frozen_pyramid)
+        read = self._layers()
+        for layer, *blocks in zip(
+            pyramid.channels, pyramid.pyramid.inner_blocks, pyramid.pyramid.layer_blocks, strict=True
+        ):
+            for block in blocks:  # a level finer than those that are read gets no gradient: DDP would wait
+                block.requires_grad_(not self.frozen_pyramid and layer in read)
 
     def take_classes(self, classes: ClassSet) -> None:
         """See ``Evaluation``; makes the detector."""
@@ -312,16 +326,25 @@ class Detection(Evaluation):
                 self._found.append(row if masks is None else {**row, "segmentation": masks[place]})
 
     def on_validation_epoch_end(self) -> None:
-        """Puts the devices' images together, scores them and logs; every device ends with the same."""
-        parts = _from_all((self._seen, self._found))
-        seen = sorted({image for images, _ in parts for image in images})
-        # in the order of the images, so that equal scores do not depend on the devices
-        found = sorted((row for _, rows in parts for row in rows), key=lambda row: row["image_id"])
-        self._scores = self._summary(seen, found)
+        """Puts the devices' images together on the first, which scores them; every device ends with the same.
+
+        Several million detections, of LVIS, need gigabytes: they are in one process only.
+        """
+        parts = on_first((self._seen, self._found))
+        self._seen, self._found = [], []
+        scores: Scores | None = None
+        if parts is not None:
+            seen = sorted({image for images, _ in parts for image in images})
+            # in the order of the images, so that equal scores do not depend on the devices
+            rows = sorted((row for _, found in parts for row in found), key=lambda row: row["image_id"])
+            scores = self._summary(seen, rows)
+        self._scores = self.trainer.strategy.broadcast(scores)
+        assert self._scores is not None
+        scored = self._scores.scores
         logs = {
-            f"val/{name}": torch.tensor(self._scores.scores[name], dtype=torch.float32, device=self.device)
-            for name in self._scores.scores
-            if name in ("box_ap", "mask_ap")
+            f"val/{name}": torch.tensor(scored[name], dtype=torch.float32, device=self.device)
+            for name in ("box_ap", "mask_ap")
+            if name in scored
         }
         self.log_dict(logs, sync_dist=True)
 
@@ -378,12 +401,3 @@ class Detection(Evaluation):
         schedule = checkpoint.get("poodle_lightning", {}).get("schedule")
         if schedule is not None:
             self.schedule = Schedule.from_state(schedule)
-
-
-def _from_all(mine: tuple[list[int], list[dict[str, Any]]]) -> list[Any]:
-    """What every process has, in the order of their ranks."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [mine]
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return parts

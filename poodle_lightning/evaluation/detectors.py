@@ -17,7 +17,6 @@ from poodle_lightning.nn.patches import multiple_of
 DetectorName = Literal["maskrcnn", "fcos"]
 FINEST = {"maskrcnn": 4, "fcos": 8}  # stride of the first level that the detector reads
 LEVELS = {"maskrcnn": 4, "fcos": 3}  # levels of the encoder that it reads
-_THRESHOLD = 0.05  # detectron2; below it a detection is left out
 _BINARY = 0.5  # a mask is where its probability is above this
 
 
@@ -53,6 +52,7 @@ def make_detector(
     width: int,
     classes: int,
     detections: int,
+    threshold: float,
 ) -> nn.Module:
     """Proposals and heads of Mask R-CNN, or the heads of FCOS; they own no backbone.
 
@@ -63,6 +63,7 @@ def make_detector(
         width: channels of the levels.
         classes: without the background.
         detections: of an image, at most.
+        threshold: score below which a detection is left out.
     """
     backbone = _Backbone(read, width)
     made: nn.Module
@@ -71,11 +72,11 @@ def make_detector(
             backbone,
             classes + 1,  # class 0 of the network is the background
             rpn_post_nms_top_n_train=1000,
-            box_score_thresh=_THRESHOLD,
+            box_score_thresh=threshold,
             box_detections_per_img=detections,
         )
     else:
-        made = FCOS(backbone, classes, score_thresh=_THRESHOLD, detections_per_img=detections)
+        made = FCOS(backbone, classes, score_thresh=threshold, detections_per_img=detections)
     mean, std = (part.flatten().tolist() for part in (encoder.mean, encoder.std))
     made.transform = _AsGiven(1, 1, mean, std, size_divisible=max(32, *multiple_of(encoder)))
     return made

@@ -45,6 +45,8 @@ class ResNet(Encoder):
         recompute: keeps for the backward pass only what goes into the stem and into each residual block and
             computes their inside again: a third more multiply-adds, the same results, a fraction of the
             memory (``benchmarks/saved_bytes.py``). (``TimmEncoder`` has no such switch.)
+        zero_init_residual: the last BatchNorm of each block starts at scale 0, so that a block begins as its
+            shortcut (Goyal et al., 2017; the codes of SimCLR, BYOL and VICReg). Only without ``weights``.
 
     Raises:
         UserError: a value that is not offered, or weights that do not exist or do not fit.
@@ -58,6 +60,7 @@ class ResNet(Encoder):
         weights: str | None = None,
         stem_pool: bool = True,
         recompute: bool = False,
+        zero_init_residual: bool = False,
     ) -> None:
         if depth not in _BLOCKS:
             raise UserError(
@@ -84,14 +87,17 @@ class ResNet(Encoder):
             inner = dilation if i == 0 or stride == 2 else dilation * 2
             setattr(self, name, _stage(kind, counts[i], channels, width * 2**i, stride, dilation, inner))
             channels, dilation, reached = self.channels[name], inner, self.strides[name]
-        self._initialise()
+        self._initialise(zero_init_residual)
         if weights is not None:
             load_state(self, _without_classifier(_pretrained(depth, weights)), f"weights {weights!r}")
 
-    def _initialise(self) -> None:
+    def _initialise(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last.weight)
 
     def features(self, normalised: Tensor) -> Features:
         """Maps of the four stages and the mean of the last."""

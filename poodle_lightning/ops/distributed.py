@@ -118,3 +118,16 @@ def exchange(x: Tensor, order: Tensor) -> Tensor:
     distributed.all_to_all_single(received, rows, from_each.tolist(), to_each.tolist())
     places = owner[mine].argsort(stable=True).argsort()
     return received[places.to(x.device, non_blocking=True)]
+
+
+def on_first(value: Any) -> list[Any] | None:
+    """What every process has, in the order of their ranks, on the first one; None on the others.
+
+    Args:
+        value: any object that can be pickled. All processes must call it.
+    """
+    if world_size() == 1:
+        return [value]
+    parts: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    distributed.gather_object(value, parts)
+    return parts

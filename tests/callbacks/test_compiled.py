@@ -166,6 +166,27 @@ def test_every_way_through_a_transformer_is_compiled(name, backend, compiled, id
     assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
+TWO = ("online", "target.module")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("moco_tiny", {"projector"}),
+        ("vicreg_tiny", {"projector"}),
+        ("pixpro_fpn_tiny", {"projector", "decoder.fpn", "decoder.head"}),
+    ],
+)
+def test_projectors_and_pyramids_are_called_as_they_were_compiled(name, parts):
+    counted = Counted()
+    fit(family(name), Compile(["decoder", "heads"], backend="eager"), counted, steps=2)
+    networks = TWO[:1] if name == "vicreg_tiny" else TWO
+    assert {part for part in counted.calls if not part.startswith("propagation")} == {
+        f"{network}.{part}" for network in networks for part in parts
+    }
+    assert all(counted.calls.values())
+
+
 class Copies(L.Callback):
     """What is copied and written while compiled modules are there."""
 

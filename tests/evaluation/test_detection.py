@@ -73,6 +73,25 @@ def test_fcos_finetunes_encoder_and_new_pyramid_but_no_norm(tmp_path):
     assert trainable == names  # DDP needs a gradient for every one
 
 
+def test_fcos_on_an_own_pyramid_trains_nothing_that_it_does_not_read(tmp_path):
+    """DDP waits for the gradient of everything that is trained; FCOS begins at stride 8."""
+    _, batch = batch_of(tmp_path, masks=False)
+    model = Detection(encoder(), detector="fcos", classes=2, frozen=False, recipe=RECIPE).train()
+    moved(model, batch)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert any(".fpn." in name and p.requires_grad for name, p in model.named_parameters())
+
+
+def test_detections_below_the_threshold_are_left_out(tmp_path):
+    data, _ = batch_of(tmp_path)
+    found = []
+    for threshold in (0.5, 0.01):
+        torch.manual_seed(0)
+        model = Detection(encoder(pyramid=False), detector="fcos", classes=2, threshold=threshold).eval()
+        found.append(sum(len(one["scores"]) for one in model.detect(next(iter(data.val_dataloader())))))
+    assert found[0] < found[1]
+
+
 def test_levels_are_the_encoders_own_pyramid():
     model = Detection(encoder(), classes=2, frozen_pyramid=True).eval()
     image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))

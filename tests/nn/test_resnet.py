@@ -170,3 +170,13 @@ def test_gradients_reach_every_parameter():
     features = encoder(torch.rand(2, 3, 32, 32))
     functional.mse_loss(features.vector, torch.randn(2, encoder.vector_dim)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_blocks_begin_as_their_shortcuts_where_asked_for(depth):
+    plain = torchvision.models.get_model(f"resnet{depth}", weights=None, zero_init_residual=True)
+    made = ResNet(depth, width=64, zero_init_residual=True)
+    zeros = {name for name, value in plain.named_parameters() if value.ndim == 1 and not value.any()}
+    mine = {name for name, value in made.named_parameters() if value.ndim == 1 and not value.any()}
+    assert {name for name in zeros if name.endswith("weight")} == {n for n in mine if n.endswith("weight")}
+    assert ResNet(depth).layer1[0].bn2.weight.all()

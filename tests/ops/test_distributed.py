@@ -3,7 +3,7 @@ import torch
 from device_reads import DeviceReads
 from side_by_side import in_two
 
-from poodle_lightning.ops.distributed import exchange, gather, mean_across, rank, world_size
+from poodle_lightning.ops.distributed import exchange, gather, mean_across, on_first, rank, world_size
 
 OWN = torch.tensor([[1.0, 2.0, 3.0], [5.0, -2.0, 0.0]])
 
@@ -129,3 +129,10 @@ def test_an_exchange_reads_nothing_back():
         return reads.found
 
     assert in_two(act) == [[], []]
+
+
+def test_objects_of_all_processes_come_to_the_first():
+    assert on_first({"a": 1}) == [{"a": 1}]
+    first, second = in_two(lambda number: {"found": on_first([number, "x" * (number + 1)])})
+    assert first["found"] == [[0, "x"], [1, "xx"]]
+    assert second["found"] is None
