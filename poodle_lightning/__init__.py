@@ -23,12 +23,22 @@ if TYPE_CHECKING:
     )
     from poodle_lightning.methods.base import Method
     from poodle_lightning.methods.byol import BYOL
+    from poodle_lightning.methods.densecl import DenseCL
     from poodle_lightning.methods.dino import DINO
     from poodle_lightning.methods.dora import DoRA
     from poodle_lightning.methods.flowe import FlowE
     from poodle_lightning.methods.ibot import IBOT, AttMask
     from poodle_lightning.methods.mae import MAE
+    from poodle_lightning.methods.moclr import MoCLR
+    from poodle_lightning.methods.moco import MoCo
+    from poodle_lightning.methods.pico import PiCo
+    from poodle_lightning.methods.pixpro import PixPro
     from poodle_lightning.methods.poodle import PooDLe
+    from poodle_lightning.methods.simclr import SimCLR
+    from poodle_lightning.methods.swav import SwAV
+    from poodle_lightning.methods.trace import Trace
+    from poodle_lightning.methods.vicreg import VICReg
+    from poodle_lightning.methods.vito import VITO
     from poodle_lightning.types import Clip, Features, View
 
 _WHERE = {
@@ -36,6 +46,7 @@ _WHERE = {
     "BYOL": "methods.byol",
     "Clip": "types",
     "DINO": "methods.dino",
+    "DenseCL": "methods.densecl",
     "DoRA": "methods.dora",
     "Features": "types",
     "FlowE": "methods.flowe",
@@ -43,8 +54,17 @@ _WHERE = {
     "LabelledDataModule": "data.labelled",
     "MAE": "methods.mae",
     "Method": "methods.base",
+    "MoCLR": "methods.moclr",
+    "MoCo": "methods.moco",
+    "PiCo": "methods.pico",
+    "PixPro": "methods.pixpro",
     "PooDLe": "methods.poodle",
     "Segmentation": "evaluation.segmentation",
+    "SimCLR": "methods.simclr",
+    "SwAV": "methods.swav",
+    "Trace": "methods.trace",
+    "VICReg": "methods.vicreg",
+    "VITO": "methods.vito",
     "VideoDataModule": "data.video",
     "View": "types",
     "dilate": "hub",
@@ -59,15 +79,25 @@ __all__ = [
     "DINO",
     "IBOT",
     "MAE",
+    "VITO",
     "AttMask",
     "Clip",
+    "DenseCL",
     "DoRA",
     "Features",
     "FlowE",
     "LabelledDataModule",
     "Method",
+    "MoCLR",
+    "MoCo",
+    "PiCo",
+    "PixPro",
     "PooDLe",
     "Segmentation",
+    "SimCLR",
+    "SwAV",
+    "Trace",
+    "VICReg",
     "VideoDataModule",
     "View",
     "__version__",

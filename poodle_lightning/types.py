@@ -64,7 +64,7 @@ class Clip:
         present: optional ``(B, 2)`` bool, which rows of ``flow`` are there; stays on the host, so that
             nothing need be read back from a device to know it. None: the flow itself is looked at.
         points: optional ``(B, P, T, 2)`` float32, places of P points in the frames, in extent coordinates of
-            the training crop; NaN where a point is not seen, and in rows that only fill up.
+            the training crop; NaN where a point is not seen.
         labels: optional ``(B, T, H, W)`` uint8 in pixels of ``frames``; 255 = ignore.
         skipped: videos that were tried for this batch and replaced; stays on the host.
         yuv: optional ``(B, 3, 4)`` float32: the frames are planes, and this takes their (Y, U, V, 1) in bytes
@@ -113,8 +113,7 @@ class Clip:
         ):
             if given is not None and given.shape != shape:
                 raise ValueError(f"Clip.{name} must be {shape}, not {tuple(given.shape)}")
-        points = self.points
-        if points is not None and (points.ndim != 4 or points[:, 0].shape != (batch, count, 2)):
+        if (points := self.points) is not None and points.shape != (batch, points.shape[1], count, 2):
             raise ValueError(f"Clip.points must be ({batch}, P, {count}, 2), not {tuple(points.shape)}")
 
     def _check_frames(self) -> None:

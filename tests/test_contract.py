@@ -42,7 +42,7 @@ SMALLER = {
         "--model.subcrops.size=[16, 16]",
     ],
     "MAE": ["--model.crop.size=[32, 32]", "--model.decoder={dim: 16, depth: 1, heads: 2}"],
-    **{kind: [*PAIR, "--model.queue=16"] for kind in ("MoCo", "DenseCL")},
+    **{kind: [*PAIR, "--model.queue=16"] for kind in ("MoCo", "DenseCL", "PiCo")},
     **dict.fromkeys(("SimCLR", "VICReg"), PAIR),
     **{
         kind: ["--model.hidden=16", "--model.out=8", "--model.views=2", "--model.crop.size=[32, 32]"]

@@ -27,7 +27,8 @@ CLIPS = ["fit", "--model=method/byol_tiny.yaml", "--data=data/folder_clips.yaml"
         ),
         (
             ["--data.sampler.zz=3"],
-            "data.sampler.zz: none of FixedPairs, PairSampler, ClipSampler, WindowSampler has such an option",
+            "data.sampler.zz: none of FixedPairs, PairSampler, ClipSampler, WindowSampler, TrackedFrames has "
+            "such an option",
         ),
         (["--data.sampler.frames=x"], "data.sampler.frames: expected int, not x"),
         # the value itself, not the parser's wrapping

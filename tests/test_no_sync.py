@@ -20,7 +20,7 @@ DEVICE_FORMS = ("all_pairs", "direct")
 
 def on_device(method, clip):
     weights = [*method.parameters(), *method.buffers()]
-    return [weights, clip.frames, clip.window.matrix, clip.flow]
+    return [weights, clip.frames, clip.window.matrix, clip.flow, clip.points]
 
 
 def step(method, clip, optimizer=None):

@@ -17,7 +17,7 @@ SIZE = (32, 64)
 
 
 def make_clip(batch=2, size=SIZE, shift=(3.0, 1.0), seed=0, frames=2) -> Clip:
-    """Smooth textures, each frame the one before it moved by ``shift`` px; pairs have the exact flow."""
+    """Smooth textures, each frame the one before it moved by ``shift`` px, and 16 points; pairs have the flow."""
     torch.manual_seed(seed)
     height, width = size[0] + 2, size[1] + 2
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")
@@ -32,6 +32,9 @@ def make_clip(batch=2, size=SIZE, shift=(3.0, 1.0), seed=0, frames=2) -> Clip:
                 torch.uint8
             )
     box = torch.tensor([[-1 + 2 / width, -1 + 2 / height, 1 - 2 / width, 1 - 2 / height]]).expand(batch, 4)
+    first = torch.rand(batch, 16, 1, 2) * 2 - 1
+    step = torch.tensor([2 * shift[0] / size[1], 2 * shift[1] / size[0]])
+    points = first + step * torch.arange(frames).view(-1, 1)
     there = torch.tensor(shift).reshape(2, 1, 1).expand(2, height, width)
     flow = torch.stack([there, -there])[None].expand(batch, 2, 2, height, width).contiguous()
     return Clip(
@@ -42,6 +45,7 @@ def make_clip(batch=2, size=SIZE, shift=(3.0, 1.0), seed=0, frames=2) -> Clip:
         index=torch.arange(batch),
         key=torch.stack([key_of(seed, 0, i) for i in range(batch)]),
         flow=flow if frames == 2 else None,
+        points=points,
     )
 
 

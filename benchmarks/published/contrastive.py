@@ -24,7 +24,7 @@ def pair_loss(query: Tensor, positive: Tensor, negatives: Tensor, temperature: f
 def pico(method: PiCo, clip: Clip) -> Tensor:
     """PiCo's loss, point by point: each is looked up, projected and contrasted by itself."""
     x_q, x_k, p_q, p_k, weight = method.views(clip)
-    decoder, projector = method.target.module["decoder"], method.target.module["projector"]
+    decoder, projector = method.target.module.decoder, method.target.module.projector
     with torch.no_grad():
         seen_q, seen_k = method.online.encoder(x_q), method.online.encoder(x_k)
         map_k = decoder(seen_k).last

@@ -28,6 +28,7 @@ class Item:
         labels: optional ``(T, h, w)`` uint8.
         yuv: optional ``(3, 4)`` float32, from the planes to RGB.
         aspect: width over height of what the window shows, where the crop squeezes it; else None.
+        points: optional ``(P, T, 2)`` float32, extent coordinates of the window; NaN where none is.
     """
 
     frames: Tensor
@@ -39,6 +40,7 @@ class Item:
     labels: Tensor | None = None
     yuv: Tensor | None = None
     aspect: float | None = None
+    points: Tensor | None = None
 
     @property
     def size(self) -> Size:
@@ -92,6 +94,7 @@ def collate(groups: Sequence[Group], size: Size) -> Clip | Exhausted:
         key=torch.stack([item.key for item in items]),
         flow=_stacked(flow, (2, 2, height, width), torch.nan, torch.float32),
         present=_present(flow),
+        points=_points(items),
         labels=_stacked(labels, (len(items[0].times), height, width), IGNORE, torch.uint8),
         skipped=skipped,
         yuv=_matrices(items),
@@ -137,6 +140,12 @@ def _aspects(items: Sequence[Item]) -> Tensor | None:
     """True shapes, ``(B,)`` float32; all clips of a batch are squeezed, or none is."""
     aspects = [item.aspect for item in items if item.aspect is not None]
     return torch.tensor(aspects) if aspects else None
+
+
+def _points(items: Sequence[Item]) -> Tensor | None:
+    """Points of all clips; all have as many rows, or none has any."""
+    points = [item.points for item in items if item.points is not None]
+    return torch.stack(points) if points else None
 
 
 def _stacked(

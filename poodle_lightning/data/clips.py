@@ -28,6 +28,8 @@ from poodle_lightning.data.pixels import Box, Piece
 from poodle_lightning.data.sampling import Sampler, TooShort
 from poodle_lightning.data.sources import Entry, ExactReader, PieceReader, Reader, SizedReader, Source
 from poodle_lightning.data.starts import StartTimes
+from poodle_lightning.data.tracked import TrackedFrames, Untracked, into_window
+from poodle_lightning.data.tracks import track_name, video_print
 from poodle_lightning.data.windows import TooSmall, Window, WindowRule, extend, inside_frame, reduced
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.planes import planes_size
@@ -68,6 +70,8 @@ class ClipDataset(Dataset[Group]):
         pixels: ``yuv`` hands over the planes of a video as they are stored, half the bytes of ``rgb``. A clip
             is RGB all the same where its frames have no such planes or are turned, where it is averaged
             (``antialias``), where its windows differ, and where ``flow`` needs to see it.
+        root: of the data: what tracked videos are called follows from it.
+        tracked: the stretch that was tracked, of which all entries are parts; None: each entry was.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class ClipDataset(Dataset[Group]):
         flow: PixelFlow | None = None,
         exact: bool = True,
         pixels: Literal["rgb", "yuv"] = "rgb",
+        root: str | None = None,
+        tracked: Entry | None = None,
     ) -> None:
+        self.root, self.tracked = root, tracked
         self.source, self.entries, self.order = source, entries, order
         self.sampler, self.rule, self.seed, self.repeats = sampler, rule, seed, repeats
         self.jitter, self.flow, self.exact, self.pixels = jitter, flow, exact, pixels
@@ -106,7 +113,7 @@ class ClipDataset(Dataset[Group]):
             entry = self.entries[item % len(self.entries)]
             try:
                 return Group(self._clips(entry, epoch, item, replaced), tuple(skipped))
-            except (DecodeError, TooShort, TooSmall, OSError) as error:
+            except (DecodeError, Untracked, TooShort, TooSmall, OSError) as error:
                 self._readers.drop(entry)
                 skipped.append(_skip(entry, error))
         return Group((), tuple(skipped))
@@ -120,7 +127,7 @@ class ClipDataset(Dataset[Group]):
         keys = [key_of(self.seed, epoch, index) for index in indices]
         if replaced is not None:
             keys = [fold(key, "replaces", replaced) for key in keys]
-        times = [entry.start + t for t in self.sampler.times(entry.duration, fold(keys[0], "time"))]
+        times, points = self._moments(entry, fold(keys[0], "time"))
         count = len(times) // self.repeats
         plans = [
             self._plan(entry, index, key, times[i * count : (i + 1) * count])
@@ -128,7 +135,15 @@ class ClipDataset(Dataset[Group]):
         ]
         seen = self.flow is not None and not isinstance(self.flow, CachedFlow)
         _fill(reader, plans, entry, planes=self.pixels == "yuv" and not seen)
-        return tuple(self._item(reader, entry, plan) for plan in plans)
+        return tuple(self._item(reader, entry, plan, points) for plan in plans)
+
+    def _moments(self, entry: Entry, key: Tensor) -> tuple[list[float], Tensor | None]:
+        """Seconds of the video, and the points of the whole frames at these times, if tracks choose them."""
+        if isinstance(self.sampler, TrackedFrames):
+            name = track_name(self.tracked or entry, self.root)
+            within = None if self.tracked is None else (entry.start, entry.stop)
+            return self.sampler.draw(name, video_print(self.source, entry), key, within)
+        return [entry.start + t for t in self.sampler.times(entry.duration, key)], None
 
     def _plan(self, entry: Entry, index: int, key: Tensor, times: list[float]) -> _Plan:
         window = self.rule.draw(entry.width, entry.height, key)
@@ -137,7 +152,7 @@ class ClipDataset(Dataset[Group]):
             windows[1] = window.shifted(*self.rule.shift(window, entry.width, entry.height, self.jitter, key))
         return _Plan(index, key, times, windows)
 
-    def _item(self, reader: Reader, entry: Entry, plan: _Plan) -> Item:
+    def _item(self, reader: Reader, entry: Entry, plan: _Plan, points: Tensor | None) -> Item:
         exact = reader if self.exact and isinstance(reader, ExactReader) else None
         flow: Tensor | None = None
         if _is_still(plan.times):
@@ -153,7 +168,9 @@ class ClipDataset(Dataset[Group]):
         frames = plan.frames if yuv is not None else plan.frames.transpose(0, 3, 1, 2)
         window, aspect = plan.windows[0].stored, entry.width / entry.height if self.rule.whole else None
         pixels = torch.from_numpy(frames)
-        return Item(pixels, window, plan.actual, plan.index, plan.key, flow, labels, yuv, aspect)
+        if points is not None:
+            points = into_window(points, plan.windows[0], entry.width, entry.height)
+        return Item(pixels, window, plan.actual, plan.index, plan.key, flow, labels, yuv, aspect, points)
 
 
 class _Plan:
@@ -286,6 +303,8 @@ def _exact_labels(reader: ExactReader, plan: _Plan, entry: Entry) -> Tensor:
 def _skip(entry: Entry, error: Exception) -> Skip:
     if isinstance(error, DecodeError):
         return Skip(entry.path, error.reason, error.detail, error.time)
+    if isinstance(error, Untracked):
+        return Skip(entry.path, error.reason, " ".join(error.detail.split()))
     reasons = {TooShort: "too_short", TooSmall: "too_small"}
     reason = next((word for kind, word in reasons.items() if isinstance(error, kind)), "unreadable")
     return Skip(entry.path, reason, " ".join(str(error).split()))

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from poodle_lightning.data.batches import Exhausted, collate
 from poodle_lightning.data.cached_flow import CachedFlow, FixedPairs
 from poodle_lightning.data.clips import ClipDataset, PixelFlow
+from poodle_lightning.data.footage import FootageLoader, footage_loader
 from poodle_lightning.data.opening import NO_FILMS, Origin, SourceName
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
@@ -22,6 +23,7 @@ from poodle_lightning.data.skips import Ledger, listed
 from poodle_lightning.data.sources import Entry, Source
 from poodle_lightning.data.split import Division, Parts
 from poodle_lightning.data.streets import StreetSet
+from poodle_lightning.data.tracked import Stretches, TrackedFrames
 from poodle_lightning.data.windows import TooSmall, WindowRule
 from poodle_lightning.ops.geometry import Size
 from poodle_lightning.ops.random import key_of
@@ -110,7 +112,7 @@ class VideoDataModule(L.LightningDataModule):
         pairs_per_video: int = 1,
         spread: float | None = None,
         jitter: float = 0.1,
-        sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | None = None,
+        sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | TrackedFrames | None = None,
         clip_seconds: float | None = None,
         start_every: float | None = None,
         cuts: Literal["keep", "avoid"] = "keep",
@@ -149,7 +151,8 @@ class VideoDataModule(L.LightningDataModule):
         self.source: Source | None = None
         self.train_entries: Sequence[Entry] = []
         self.val_entries: Sequence[Entry] = []
-        self._parts: Parts | None = None
+        self._stretches = Stretches(self.division, self.origin.name, num_workers, self.sampler)
+        self._listed: Parts | None = None
         self._too_short: tuple[Skip, ...] = ()
         self._resumed_order: dict[str, int] | None = None
         self._check()
@@ -169,18 +172,23 @@ class VideoDataModule(L.LightningDataModule):
         """Measure the videos, and find their shots, once per machine; the others read what is cached."""
         self.source = self.source or self.origin.open()
         if self.division.cuts == "avoid":
-            self._divided(self.source)  # kept: without a cache to write to, hours of film are looked at once
+            # kept: without a cache to write to, hours of film are looked at once
+            self._stretches.divided(self.source)
 
     def setup(self, stage: str | None = None) -> None:
-        """List the videos and hold some out.
+        """List the videos and hold some out; to predict is to track them, so then none are.
 
         Raises:
-            UserError: the folder is missing, or has no usable video.
+            UserError: the folder is missing, or has no usable video, or there are no tracks to draw from.
         """
         self.source = self.source or self.origin.open()
-        if not len(self.train_entries):
-            parts = self._divided(self.source)
+        lists = self._stretches
+        parts = lists.whole(self.source) if stage == "predict" else lists.divided(self.source)
+        if parts is not self._listed:
             self.train_entries, self.val_entries, self._too_short = parts.train, parts.val, parts.left_out
+            if isinstance(self.sampler, TrackedFrames) and stage != "predict":
+                self.sampler.check_folder(self.source, lists.whole(self.source).train, self.root)
+            self._listed = parts
             if self.pixels == "yuv" and (why := self._why_rgb()):
                 rank_zero_warn(f"pixels yuv has no effect, all batches are RGB: {why}")
         if self.trainer is not None:
@@ -192,11 +200,6 @@ class VideoDataModule(L.LightningDataModule):
             if refused and stage == "fit":
                 reasons = listed(Counter(skip.reason for skip in refused))
                 rank_zero_warn(f"{len(refused)} files are left out ({reasons}): see skipped.jsonl")
-
-    def _divided(self, source: Source) -> Parts:
-        if self._parts is None:
-            self._parts = self.division.of(source, self.origin.name, self.num_workers)
-        return self._parts
 
     # ---- loaders
     def train_dataloader(self) -> ClipLoader:
@@ -222,6 +225,12 @@ class VideoDataModule(L.LightningDataModule):
         order = Order(videos, passes, length, self._world, self.seed, shuffle=False)
         return self._loader(self.val_entries, order, RequestSampler(order, self._rank, HELD_OUT_EPOCH))
 
+    def predict_dataloader(self) -> FootageLoader:
+        """This device's share of what is tracked, each stretch from its first frame to its last."""
+        assert self.source is not None
+        entries = [*self.train_entries, *self.val_entries]
+        return footage_loader(self.source, entries, self._rank, self._world, self.num_workers, root=self.root)
+
     def _loader(
         self, entries: Sequence[Entry], order: Order, requests: RequestSampler, **kwargs: Any
     ) -> ClipLoader:
@@ -238,6 +247,8 @@ class VideoDataModule(L.LightningDataModule):
             flow=self.flow,
             exact=self.exact,
             pixels=self.pixels,
+            root=self.root,
+            tracked=self._stretches.only(self.source),
         )
         return ClipLoader(
             data,
@@ -383,6 +394,6 @@ def _sampler(
     given: Sampler | None, gap: Sequence[float], jitter: float, pairs: int, spread: float | None
 ) -> Sampler:
     found = given or PairSampler((float(gap[0]), float(gap[1])), jitter, pairs, spread)
-    if isinstance(found, PairSampler | ClipSampler | WindowSampler):
+    if isinstance(found, PairSampler | ClipSampler | WindowSampler | TrackedFrames):
         found.check()
     return found

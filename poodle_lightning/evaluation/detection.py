@@ -155,15 +155,8 @@ class Detection(Evaluation):
             width = (own or self.pyramid).dims  # type: ignore[union-attr]
             extra = LastLevelMaxPool() if self.kind == "maskrcnn" else LastLevelP6P7(width, width)
             self.coarser = extra
-            self.network = make_detector(
-                self.kind,
-                self._levels,
-                self.the_encoder(),
-                width,
-                len(self.class_set),
-                self.detections,
-                self.threshold,
-            )
+            limits, classes = (self.detections, self.threshold), len(self.class_set)
+            self.network = make_detector(self.kind, self._levels, self.the_encoder(), width, classes, *limits)
         self._set_gradients()
         self.train(self.training)
 

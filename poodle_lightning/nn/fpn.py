@@ -7,6 +7,7 @@ facebookresearch/detectron2 ``modeling/backbone/fpn.py`` and ``modeling/meta_arc
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -121,7 +122,8 @@ class SemanticFPN(Decoder):
     def _raised(self, levels: list[Tensor], level: int) -> Tensor:
         """One level at the size of the finest."""
         z = levels[level]
-        for i, step in enumerate(self.branches[level]):  # type: ignore[arg-type]
+        steps: Any = self.branches[level]
+        for i, step in enumerate(steps):
             z = step(z)
             if level:
                 size = levels[level - 1 - i].shape[-2:]

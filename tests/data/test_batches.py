@@ -215,3 +215,19 @@ def test_bytes_per_pair_of_the_papers_crops(tmp_path):
         sizes.append((clip.frames.numel() + clip.yuv.numel() * 4 + clip.window.matrix.numel() * 4) / 4)
     assert max(sizes) <= 1.6e6
     assert np.mean(sizes) <= 4 * 3 * 512 * 1024 * 4 / 20
+
+
+def test_points_of_all_clips_are_stacked(folder):
+    """As they are, NaN too; of clips that bring none there are none."""
+    data = dataset(folder, "rgb")
+    groups = [data[(0, position)] for position in range(3)]
+    assert collate(groups, RULE.size).points is None
+    places = torch.arange(3 * 5 * 2 * 2, dtype=torch.float32).reshape(3, 5, 2, 2)
+    places[1, 2] = torch.nan
+    groups = [
+        replace(group, items=(replace(group.items[0], points=rows),))
+        for group, rows in zip(groups, places, strict=True)
+    ]
+    clip = collate(groups, RULE.size)
+    torch.testing.assert_close(clip.points, places, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(clip[1:].points, places[1:], equal_nan=True, rtol=0, atol=0)

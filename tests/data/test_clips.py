@@ -17,7 +17,10 @@ from poodle_lightning.data.order import Order
 from poodle_lightning.data.sampling import ClipSampler, PairSampler
 from poodle_lightning.data.sources import Entry
 from poodle_lightning.data.streets import StreetSet, SyntheticSource
+from poodle_lightning.data.tracked import TrackedFrames
+from poodle_lightning.data.tracks import TrackStore, track_name, video_print
 from poodle_lightning.data.windows import WindowRule
+from poodle_lightning.ops.tracks import Tracks
 
 WIDTH, HEIGHT = 120, 90
 
@@ -310,3 +313,56 @@ def test_few_films_stay_open_and_many_do_not(videos, most):
     assert source.opened == (videos if videos == most else 2 * videos)
     again = pickle.loads(pickle.dumps(data._readers))
     assert again.most == most
+
+
+class Timed(Analytic):
+    """Frames whose third channel tells the time in tenths."""
+
+    def read(self, times, box=None):
+        pixels, actual = super().read(times, box)
+        pixels[..., 2] = np.round(actual * 10)[:, None, None]
+        return pixels, actual
+
+
+def two_tracks(store, name, prints):
+    """One point that moves from left to right in 2 s, one that ends after 1 s in a corner."""
+    lengths = (21, 11)
+    x = np.concatenate([np.linspace(-0.8, 0.8, 21), np.linspace(0.0, 0.9, 11)])
+    y = np.concatenate([np.zeros(21), np.linspace(0.0, 0.9, 11)])
+    places = np.round(np.stack([x, y], axis=1) * 32767).astype(np.int16)
+    still = np.where(np.isin(np.arange(32), (0, 21)), -np.inf, 0.0).astype(np.float16)
+    offsets = np.cumsum([0, *lengths])
+    tracks = Tracks(21, (HEIGHT, WIDTH), 0.01, 1.0, np.zeros(2, np.int32), offsets, places, still)
+    store.put(name, prints, tracks, np.arange(21) / 10)
+
+
+def test_clips_of_tracked_frames_show_the_frames_of_their_points(tmp_path):
+    """Anchors in any order with the other frame; a part of what was tracked is drawn from alone."""
+    source = Timed(ramp(), videos=8)
+    sampler = TrackedFrames(str(tmp_path), points=3)
+    for entry in source.entries[:6]:
+        two_tracks(TrackStore(tmp_path, "by hand"), track_name(entry, None), video_print(source, entry))
+    whole, later = WindowRule((HEIGHT, WIDTH), whole=True), 0
+    data = dataset(source, whole, sampler)
+    for position in range(8):
+        (item,), times = data[(0, position)].items, []
+        for t in range(2):
+            assert int(item.frames[t, 2].float().mean()) == round(item.times[t] * 10)
+            times.append(item.times[t])
+            now = item.times[t]
+            for point in item.points[:2, t]:  # the tracks' order; alone, either may come first
+                ways = ([-0.8 + 0.8 * now, 0.0], [0.9 * now, 0.9 * now])
+                assert point.isnan().all() or any(point.tolist() == pytest.approx(w, abs=1e-3) for w in ways)
+            assert item.points[0, t].isfinite().all()
+        later += times[1] > times[0]
+        assert item.points[2].isnan().all()
+    assert 0 < later < 8
+    without = [skip.reason for position in range(8) for skip in data[(0, position)].skipped]
+    assert set(without) == {"no_tracks"}
+    part = [replace(entry, start=0.5, stop=1.2) for entry in source.entries]
+    order = Order(8, 1, 8, 1, seed=1)
+    cut = ClipDataset(source, part, order, sampler, whole, seed=1, tracked=source.entries[0])
+    for position in range(8):
+        (item,) = cut[(0, position)].items
+        assert all(0.5 - 1e-6 <= time <= 1.2 + 1e-6 for time in item.times)
+        assert item.points[0].isfinite().all()

@@ -9,11 +9,18 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from films import FPS
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from poodle_lightning.data.encode import write_video
+from poodle_lightning.data.footage import footage_of
 from poodle_lightning.data.skips import TooManySkipped
+from poodle_lightning.data.sources import FolderSource
+from poodle_lightning.data.tracked import TrackedFrames
 from poodle_lightning.data.video import VideoDataModule
+from poodle_lightning.flow.dis import DIS
+from poodle_lightning.methods.trace import Trace
 from poodle_lightning.types import UserError
 
 pytestmark = pytest.mark.filterwarnings(
@@ -356,3 +363,35 @@ def test_when_all_videos_fail_the_run_stops_with_one_line(folder, tmp_path, work
         trainer(tmp_path / "run").fit(Recorder(), datamodule=data)
     assert "\n" not in str(caught.value)
     assert "12 videos in a row could not be used (missing 12;" in str(caught.value)
+
+
+def test_tracks_of_a_folder_of_films_are_found_by_training(tmp_path, monkeypatch):
+    """Traced as ``trace --root`` does; a texture moves 2 px a frame to the left, and so do its points."""
+    monkeypatch.setenv("POODLE_CACHE", str(tmp_path / "index"))
+    wide = np.kron(np.random.default_rng(0).integers(0, 256, (6, 24, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    films = tmp_path / "films"
+    for name in ("a", "b", "c"):
+        (films / name).mkdir(parents=True)
+        frames = (wide[:, 2 * k : 2 * k + 96] for k in range(20))
+        write_video(films / name / "film.mp4", frames, FPS, preset="ultrafast")
+    source = FolderSource(films)
+    trace = Trace(DIS(), str(tmp_path / "tracks"), points=200)
+    for footage in footage_of(source, source.entries, str(films)):
+        trace.video(footage)
+    tracks = TrackedFrames(str(tmp_path / "tracks"), points=30)
+    found = {}
+    for pixels in ("rgb", "yuv"):
+        settings = {"source": "folder", "root": str(films), "area": None, "whole": True, "pixels": pixels}
+        data = module(films, size=(48, 96), sampler=tracks, val_fraction=0.3, repeats=1, **settings)
+        data.setup("fit")
+        (clip,) = data.train_dataloader()
+        (held,) = data.val_dataloader()
+        assert not (*clip.skipped, *held.skipped)
+        assert (clip.yuv is not None) == (pixels == "yuv")
+        apart = (clip.times[:, 1] - clip.times[:, 0]) * FPS
+        moved = (clip.points[:, :, 1] - clip.points[:, :, 0]) * torch.tensor([48.0, 24.0])
+        middle = moved.nanmedian(dim=1).values
+        torch.testing.assert_close(middle[:, 0], -2 * apart.float(), atol=0.5, rtol=0)
+        assert middle[:, 1].abs().max() < 0.5
+        found[pixels] = clip.points
+    torch.testing.assert_close(found["rgb"], found["yuv"], equal_nan=True, rtol=0, atol=0)
