@@ -17,7 +17,7 @@ SIZE = (32, 64)
 
 
 def make_clip(batch=2, size=SIZE, shift=(3.0, 1.0), seed=0, frames=2) -> Clip:
-    """Smooth textures, each frame the one before it moved by ``shift`` px, and 16 points; pairs have the flow."""
+    """Smooth textures, each frame the one before it moved by ``shift`` px, 16 points; pairs have the flow."""
     torch.manual_seed(seed)
     height, width = size[0] + 2, size[1] + 2
     y, x = torch.meshgrid(torch.arange(height).double(), torch.arange(width).double(), indexing="ij")

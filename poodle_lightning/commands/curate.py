@@ -120,9 +120,8 @@ def run(args: argparse.Namespace, build: Build) -> int:
         )
         if mine:
             _look(mine, classifier, looks, share, args)
-        # others may have seen more in the meantime; but what failed here just now is known only to this run
-        looks.read()
-        verdicts = _decide(retrieved, looks, outputs, args.min_seconds)
+        looks.read()  # others may have seen more in the meantime
+        verdicts = _decide(retrieved, looks, outputs, args.min_seconds, failed=True)
         return _write(_Outcome(out, retrieved, classes, verdicts, len(listed)), args)
     except OSError as error:
         raise UserError(
@@ -181,11 +180,13 @@ def _say_titles(retrieved: Retrieved, classes: Sequence[TitleClass], args: argpa
 
 
 def _decide(
-    retrieved: Retrieved, looks: Looks, outputs: Sequence[int], min_seconds: float
+    retrieved: Retrieved, looks: Looks, outputs: Sequence[int], min_seconds: float, failed: bool = False
 ) -> list[Verdict | None]:
     from poodle_lightning.data.curation import judge
 
-    return [judge(one, looks.get(one.listed.path), outputs, min_seconds) for one in retrieved.candidates]
+    return [
+        judge(one, looks.get(one.listed.path, failed), outputs, min_seconds) for one in retrieved.candidates
+    ]
 
 
 def _look(
@@ -294,9 +295,10 @@ def _write(found: _Outcome, args: argparse.Namespace) -> int:
     kept = [curated(verdict, found.classes) for verdict in verdicts if verdict.outcome == "kept"]
     listed = ", ".join(f"{count} {name}" for name, count in outcomes.most_common())
     if not kept:
+        older = f"; the list that is there is of an earlier run: {found.out}" if found.out.exists() else ""
         raise UserError(
             f"no video is kept ({listed}), see {report}: mend the paths, or give other classes or another "
-            "classifier"
+            f"classifier{older}"
         )
     write_manifest(found.out, kept, settings)
     print(f"{found.out}: {len(kept)} of {len(verdicts)} retrieved videos kept ({listed}); report: {report}")

@@ -107,6 +107,7 @@ def run(args: argparse.Namespace, build: Build) -> int:
     from poodle_lightning.data.shares import Share
 
     _check(args)
+    _check_folder(args.out)
     share = Share.find(args.shard, os.environ)
     source, entries, root, seed = _what(args, build)
     traces = _traces(args, share, args.seed if args.seed is not None else seed)
@@ -129,6 +130,16 @@ def run(args: argparse.Namespace, build: Build) -> int:
     where = args.out if share.count == 1 else f"{args.out}, {share}"
     print(f"{where}: {total.told(time.monotonic() - began)}")
     return 0
+
+
+def _check_folder(out: str) -> None:
+    """Refuse a folder that cannot be written, before a video is looked at."""
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: the folder cannot be made ({error.strerror or error})") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"--out {out}: the folder cannot be written: choose another one")
 
 
 def _check(args: argparse.Namespace) -> None:

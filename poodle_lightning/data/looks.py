@@ -19,7 +19,7 @@ from poodle_lightning.data.shares import Share
 from poodle_lightning.data.videonet import as_plain, as_video
 from poodle_lightning.types import Skip
 
-# These can end without a change of the file, so a restart tries them again.
+# These can end without a change of the file, so the share that a video belongs to tries them again.
 _PASSING = {"missing", "not_a_file", "unreadable", "timeout"}
 Stamp = tuple[int, int]
 """Bytes of a file and the time of its last change, ns."""
@@ -69,6 +69,7 @@ class Looks:
         self.folder = Path(folder)
         self._setting = f"{classifier[:16]}-{frames}"
         self._found: dict[str, Look] = {}
+        self._failed: dict[str, Look] = {}  # what may pass
         self.read()
 
     def read(self) -> None:
@@ -82,27 +83,38 @@ class Looks:
                 for line in stream:
                     look = _parsed(line)
                     if look is not None:  # a torn line is a video to look at again
-                        self._found[look.path] = look
+                        self._keep(look)
 
-    def get(self, path: str) -> Look | None:
+    def _keep(self, look: Look) -> None:
+        passing = look.skip is not None and look.skip.reason in _PASSING
+        (self._failed if passing else self._found)[look.path] = look
+
+    def get(self, path: str, failed: bool = False) -> Look | None:
         """What was seen in a video; None where it is new or has changed since.
 
         That a file is missing is told without a look.
+
+        Args:
+            path: of the video.
+            failed: faults that may pass count too, of all shares: nothing will be tried again in this run.
         """
         stamp = stamp_of(path)
         if stamp is None:
             return Look(path, None, None, skip=Skip(path, "missing", "no such file"))
-        look = self._found.get(path)
-        return look if look is not None and look.stamp == stamp else None
+        for kept in (self._found, self._failed) if failed else (self._found,):
+            look = kept.get(path)
+            if look is not None and look.stamp == stamp:
+                return look
+        return None
 
     def add(self, look: Look, share: Share) -> None:
-        """Write down what was seen, by one write; a fault that may pass is kept for this run only.
+        """Write down what was seen, by one write; a missing file is not: that is told without a look.
 
         Raises:
             OSError: the disk refuses.
         """
-        self._found[look.path] = look
-        if look.stamp is None or (look.skip is not None and look.skip.reason in _PASSING):
+        self._keep(look)
+        if look.stamp is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         whose = "all" if share.count == 1 else f"{share.number}-of-{share.count}"

@@ -138,6 +138,13 @@ def _places(paths: Iterable[Path], root: str | Path, wanted: set[str], file: Pat
     return {name: place for name, (_, place, _) in found.items()}
 
 
+def _last_before(stop: float, apart: float) -> float:
+    """The last frame of a shot: the one at ``stop``, to 1 ms, is the next shot's. Of a constant rate."""
+    if not apart:
+        return stop
+    return max(math.ceil(stop / apart - 1e-3 / apart) - 1, 0) * apart
+
+
 def _entries(
     listed: Sequence[Listed], places: Mapping[str, int], videos: Sequence[VideoInfo]
 ) -> tuple[list[Entry], list[Skip]]:
@@ -160,7 +167,6 @@ def _entries(
             )
             lost[video.path, shot.line] = Skip(video.path, "outside", detail, shot.start)
             continue
-        # its last frame: that at ``stop`` is the next shot's
-        stop = max(min(shot.stop - apart, video.duration), shot.start)
+        stop = max(min(_last_before(shot.stop, apart), video.duration), shot.start)
         entries.append(Entry(place, video.path, shot.start, stop, video.width, video.height, apart))
     return entries, list(lost.values())

@@ -131,7 +131,14 @@ class TrackStore:
         stem = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         return self.folder / stem[:2] / f"{stem}.tracks"
 
-    def holds(self, name: str, fingerprint: str, points: int = 0, limit: float = -math.inf) -> bool:
+    def holds(
+        self,
+        name: str,
+        fingerprint: str,
+        points: int = 0,
+        limit: float = -math.inf,
+        seed: int | None = None,
+    ) -> bool:
         """Whether a video's tracks are there: nothing to be done again.
 
         Reads the header and looks at the file's length, nothing more; damage in the body is noticed by
@@ -142,9 +149,10 @@ class TrackStore:
             fingerprint: see :meth:`get`.
             points: that must have been followed, at least.
             limit: of δ, up to which they must have been followed.
+            seed: of the places where they must start; None takes any.
 
         Raises:
-            UserError: what is there was made with another estimator or γ, and would be lost.
+            UserError: what is there was made with another estimator, γ or seed, and would be lost.
         """
         path = self.path(name)
         try:
@@ -154,6 +162,11 @@ class TrackStore:
         if header["fingerprint"] != fingerprint:
             return False
         self._check(path, header, name, fingerprint)
+        if seed not in (None, header["seed"]):
+            raise UserError(
+                f"the tracks of {name} in {self.folder} start where seed {header['seed']} put them, not "
+                f"{seed}: choose that seed or another folder"
+            )
         return bool(header["tracks"] >= points and _limit(header) >= limit)
 
     def get(self, name: str, fingerprint: str) -> Tracked:
@@ -174,7 +187,8 @@ class TrackStore:
             return _body(path, start, header)
         except FileNotFoundError:
             raise UserError(
-                f"no tracks of {name} in {self.folder}: make them by poodle-lightning trace"
+                f"no tracks of {name} in {self.folder}: make them by poodle-lightning trace; if there were, "
+                "the video has another length now, or is cut otherwise"
             ) from None
         except Damaged:
             raise UserError(f"the tracks of {name} in {path} are damaged: {_AGAIN}") from None
@@ -192,7 +206,7 @@ class TrackStore:
         if self.estimator not in (None, header["estimator"]):
             raise UserError(
                 f"the tracks of {name} in {self.folder} were made with {header['estimator']}, not "
-                f"{self.estimator}: choose that estimator or another folder"
+                f"{self.estimator}: choose the same settings or another folder"
             )
         if self.gamma not in (None, header["gamma"]):
             raise UserError(
@@ -200,7 +214,7 @@ class TrackStore:
                 f"{self.gamma:g}: only delta may change without tracking again"
             )
 
-    def put(self, name: str, fingerprint: str, tracks: Tracks, times: Array) -> int:
+    def put(self, name: str, fingerprint: str, tracks: Tracks, times: Array, seed: int = 0) -> int:
         """Write the tracks of a video, in place of those that it has.
 
         Args:
@@ -208,6 +222,7 @@ class TrackStore:
             fingerprint: of the video that was tracked.
             tracks: followed with the store's estimator.
             times: ``(n,)`` seconds, rising, one per frame.
+            seed: of the places where they start.
 
         Returns:
             Bytes written.
@@ -237,6 +252,7 @@ class TrackStore:
             "fingerprint": fingerprint,
             "estimator": self.estimator,
             "gamma": tracks.gamma,
+            "seed": seed,
             "limit": None if math.isinf(tracks.limit) else tracks.limit,  # JSON has no infinity
             "size": list(tracks.size),
             "frames": tracks.frames,

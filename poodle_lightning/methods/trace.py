@@ -145,18 +145,18 @@ class Trace(L.LightningModule, Configured):
         """Track a stretch and write its file, unless it is there; what cannot be tracked is written down.
 
         Raises:
-            UserError: the file cannot be written, or is of another estimator or γ; the device has no room.
+            UserError: the file cannot be written, or is of another estimator, γ or seed; the device is full.
         """
         try:
             name, fingerprint = footage.name, footage.fingerprint()
-            if self.store.holds(name, fingerprint, self.points, self.limit):
+            if self.store.holds(name, fingerprint, self.points, self.limit, self.seed):
                 return Count(kept=1)
             tracked = self.track(footage)
         except (DecodeError, OSError) as error:
             reason = getattr(error, "reason", "unreadable")
             note_skip(self.folder, footage.name, reason, str(error))
             return Count(skipped=Counter([reason]))
-        size = self.store.put(name, fingerprint, tracked.tracks, tracked.times)
+        size = self.store.put(name, fingerprint, tracked.tracks, tracked.times, self.seed)
         seconds = float(tracked.times[-1] - tracked.times[0])
         return Count(1, 0, len(tracked.tracks), len(tracked.tracks.places), seconds, size)
 

@@ -57,14 +57,18 @@ def test_shares_write_apart_and_read_together(tmp_path):
     assert first.get(two.path) == two
 
 
-def test_damage_is_kept_and_what_may_pass_is_not(tmp_path):
+def test_what_may_pass_is_tried_again_but_counts_at_the_end_of_a_run(tmp_path):
     folder = tmp_path / "looks"
     looks = Looks(folder, "f" * 32, 9)
     for name, reason in (("a.mp4", "corrupt"), ("b.mp4", "timeout")):
         path = str(tmp_path / name)
         look(tmp_path / name)
         looks.add(Look(path, stamp_of(path), None, skip=Skip(path, reason, "…")), Share())
-        assert looks.get(path) is not None
+        assert looks.get(path, failed=True) is not None
     again = Looks(folder, "f" * 32, 9)
     assert again.get(str(tmp_path / "a.mp4")).skip.reason == "corrupt"
     assert again.get(str(tmp_path / "b.mp4")) is None
+    assert again.get(str(tmp_path / "b.mp4"), failed=True).skip.reason == "timeout"
+    seen = look(tmp_path / "b.mp4", {1: 1})
+    again.add(seen, Share())
+    assert Looks(folder, "f" * 32, 9).get(seen.path, failed=True) == seen

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from poodle_lightning.data.encode import write_video
-from poodle_lightning.data.shot_lists import Listed, ShotListSource, read_shots
+from poodle_lightning.data.shot_lists import Listed, ShotListSource, _last_before, read_shots
 from poodle_lightning.types import UserError
 
 
@@ -108,3 +108,18 @@ def test_lists_that_cannot_be_read(tmp_path):
         read_shots(tmp_path / "shots.csv")
     (tmp_path / "shots.csv").write_text("\ufeffvideo,start,stop\na,0,1\n", encoding="utf-8")
     assert read_shots(tmp_path / "shots.csv") == [Listed("a", 0.0, 1.0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("stop", "rate", "last"),
+    [
+        (0.5, 10, 4),
+        (4.2, 30000 / 1001, 125),
+        (4.2042, 30000 / 1001, 125),
+        (4.206, 30000 / 1001, 126),
+        (0.0, 10, 0),
+    ],
+)
+def test_the_last_frame_of_a_shot_is_the_one_before_its_stop(stop, rate, last):
+    """125.87 frames are 4.2 s: frame 125 still belongs to the shot; 4.2042 s is frame 126 itself."""
+    assert round(_last_before(stop, 1 / rate) * rate, 6) == last

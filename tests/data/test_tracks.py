@@ -159,6 +159,9 @@ def test_holds_wants_as_many_points_and_as_large_a_limit(tmp_path):
     assert store.holds(NAME, PRINT, 40, 0.7)
     assert not store.holds(NAME, PRINT, 41)
     assert not store.holds(NAME, PRINT, 40, 0.8)
+    assert store.holds(NAME, PRINT, 40, seed=0)
+    with pytest.raises(UserError, match="start where seed 0 put them, not 5"):
+        store.holds(NAME, PRINT, 40, seed=5)
     store.put(NAME, PRINT, made(40), TIMES)
     assert store.holds(NAME, PRINT, 40, math.inf)
 

@@ -152,7 +152,7 @@ def test_raft_and_dis_leave_files_of_their_own_and_smaller_frames_too(films, tmp
     small = Trace(DIS(), str(tmp_path / "raft"), points=20, short_side=16)
     assert small.store.estimator.endswith(", frames of 16 px")
     with pytest.raises(
-        UserError, match=r"were made with RAFT small.*choose that estimator or another folder"
+        UserError, match=r"were made with RAFT small.*choose the same settings or another folder"
     ):
         small.video(one)
     assert small.track(one).tracks.size == (16, 32)
