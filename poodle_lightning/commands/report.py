@@ -6,17 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from poodle_lightning.callbacks.checkpoints import read_checkpoint
+from poodle_lightning.data.clips import ClipDataset
 from poodle_lightning.methods.base import Method
 from poodle_lightning.report import Material, gather, write_report
 from poodle_lightning.report.results import read_result
 from poodle_lightning.runs import DEFAULT_ROOT, folders, newest_checkpoint
-from poodle_lightning.types import UserError
+from poodle_lightning.types import Clip, UserError
 
 if TYPE_CHECKING:
     from poodle_lightning.commands import Build
@@ -141,15 +144,24 @@ def material_of(
     data.prepare_data()
     data.setup("fit")
     held_out = data.val_dataloader()
+    shown = held_out or data.train_dataloader()
     return gather(
         method,
-        held_out or data.train_dataloader(),
+        shown,
         _Lazy(data.train_dataloader) if held_out and labelled else (),
         held_out=bool(held_out),
         step=int(content.get("global_step", 0)),
         pairs=pairs,
         labelled=labelled,
+        tracks=partial(_ways, getattr(shown, "dataset", None)),
     )
+
+
+def _ways(clips: Any, clip: Clip) -> tuple[Tensor, ...]:
+    """Tracks through the first frame of each clip of a batch, where the data draw from tracks."""
+    moments = zip(clip.index.tolist(), clip.times[:, 0].tolist(), strict=True)
+    found = [clips.ways(index, time) for index, time in moments] if isinstance(clips, ClipDataset) else []
+    return tuple(ways for ways in found if ways is not None)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,19 @@ class ClipDataset(Dataset[Group]):
         _fill(reader, plans, entry, planes=self.pixels == "yuv" and not seen)
         return tuple(self._item(reader, entry, plan, points) for plan in plans)
 
+    def ways(self, index: int, time: float) -> Tensor | None:
+        """Tracks through the first frame of a clip, see ``TrackedFrames.ways``; None where there are none.
+
+        Args:
+            index: of the clip, ``Clip.index``.
+            time: of its first frame, ``Clip.times``.
+        """
+        if not isinstance(self.sampler, TrackedFrames) or not self.rule.whole:
+            return None
+        entry = self.entries[index // self.repeats % len(self.entries)]
+        name = track_name(self.tracked or entry, self.root)
+        return self.sampler.ways(name, video_print(self.source, entry), time)
+
     def _moments(self, entry: Entry, key: Tensor) -> tuple[list[float], Tensor | None]:
         """Seconds of the video, and the points of the whole frames at these times, if tracks choose them."""
         if isinstance(self.sampler, TrackedFrames):

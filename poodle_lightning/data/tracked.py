@@ -181,6 +181,29 @@ class TrackedFrames:
         chosen += chosen[-1:] * (self.frames - len(chosen))
         return np.asarray(tracked.times)[chosen].tolist(), points
 
+    def ways(self, name: str, fingerprint: str, time: float) -> Tensor:
+        """Where the tracks that are active at a moment are on every frame, for pictures.
+
+        Args:
+            name: of the stretch that was tracked.
+            fingerprint: of the video as it is now.
+            time: seconds of the video, of a frame.
+
+        Returns:
+            ``(P, frames, 2)`` float32 in extent coordinates of the whole frame; NaN before and after a track.
+
+        Raises:
+            UserError: there are no such tracks, or δ is above their limit.
+        """
+        tracked = self.store.get(name, fingerprint)
+        tracks, spans = tracked.tracks, self._spans(tracked, name)
+        rows = np.flatnonzero(spans.on(int(np.abs(np.asarray(tracked.times) - time).argmin())))
+        found = np.full((len(rows), tracks.frames, 2), np.nan, np.float32)
+        for place, row in enumerate(rows):
+            frames = np.arange(spans.first[row], spans.last[row] + 1)
+            found[place, frames] = tracks.at(np.full(len(frames), row), frames)
+        return torch.from_numpy(found)
+
     def _spans(self, tracked: Tracked, name: str) -> Spans:
         """From when to when tracks live under δ.
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from poodle_lightning.augment.multicrop import MultiCrop
@@ -112,6 +113,11 @@ class PiCo(Method):
                 f"PiCo: lookup is nearest or bilinear and places at least 1, not {lookup} and {places}"
             )
         encoder = self._found(encoder)
+        if isinstance(decoder, SemanticFPN) and decoder.fpn.channels != encoder.channels:
+            raise UserError(
+                f"model.decoder is for maps of {decoder.fpn.channels}, the encoder has {encoder.channels}: "
+                "set decoder.channels to these, or leave model.decoder out"
+            )
         self.online = PiCoNet(encoder, decoder or SemanticFPN(encoder.channels), hidden, out)
         self.target = EMA(self.online)
         self.queue = Queue(out, queue)
@@ -200,7 +206,12 @@ class PiCo(Method):
         return torch.where(inside(points)[..., None], points, drawn.to(points.dtype))
 
     def on_fit_start(self) -> None:
-        """Compares the queue with what an epoch brings."""
+        """Warns of a frozen encoder that has learnt nothing; compares the queue with what an epoch brings."""
+        if _is_fresh(self.online.encoder):
+            rank_zero_warn(
+                "PiCo's encoder is frozen and has fresh weights: give --model.encoder a run, a checkpoint of "
+                "MoCo-v2, or torchvision:resnet50"
+            )
         sampler = getattr(getattr(self.trainer, "datamodule", None), "sampler", None)
         others = max(1, int(getattr(sampler, "frames", 1)) - 1)
         points = int(getattr(sampler, "points", self.places))
@@ -212,6 +223,12 @@ class PiCo(Method):
         crops, count = self.crops(clip), clip.frames.shape[1]
         large = torch.stack([crops.large[0, ::count], crops.large[1, count - 1 :: count]], dim=1)
         return Look(clip.unit(), large=large, points=self.points(clip))
+
+
+def _is_fresh(encoder: Encoder) -> bool:
+    """Whether no BatchNorm has ever seen a batch; of an encoder without any nothing is said."""
+    norms = [part for part in encoder.modules() if isinstance(part, nn.BatchNorm2d)]
+    return bool(norms) and not any(norm.running_mean.any() for norm in norms if norm.running_mean is not None)
 
 
 def _split(seen: Features, rows: int) -> tuple[Features, Features]:

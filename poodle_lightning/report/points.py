@@ -43,9 +43,9 @@ def tracks(look: Look | None, ways: tuple[Tensor, ...]) -> Section | None:
     cells = []
     for i, (frames, way) in enumerate(zip(look.frames, ways, strict=False)):
         shown = _spaced(way)
-        colours = place_colours(shown[:, 0])
+        here, there = (_known(shown, end) for end in (0, -1))
+        colours = place_colours(here)
         first = trails(fit(frames[:1], _WIDTH)[0], shown, colours)
-        there = torch.stack([_last(one) for one in shown]) if len(shown) else shown[:, 0]
         cells.append(
             picture(dots(first, there, colours, 2.0), f"clip {i + 1}: {len(shown)} of {len(way)} tracks")
         )
@@ -81,7 +81,7 @@ def _spaced(rows: Tensor) -> Tensor:
     return rows[torch.linspace(0, len(rows) - 1, _MOST).round().long()]
 
 
-def _last(way: Tensor) -> Tensor:
-    """The last known place of a way ``(F, 2)``."""
-    known = way.isfinite().all(dim=-1).nonzero()[:, 0]
-    return way[known[-1]] if len(known) else way[-1]
+def _known(ways: Tensor, end: int) -> Tensor:
+    """The first (0) or last (-1) known place of each way ``(P, F, 2)``, ``(P, 2)``."""
+    places = [way[way.isfinite().all(dim=-1)][end] for way in ways]
+    return torch.stack(places) if places else ways.new_empty(0, 2)

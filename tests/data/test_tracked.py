@@ -18,7 +18,7 @@ from poodle_lightning.data.windows import WindowRule
 from poodle_lightning.flow.given import Given
 from poodle_lightning.methods.trace import Trace
 from poodle_lightning.ops.random import key_of
-from poodle_lightning.ops.tracks import Tracks
+from poodle_lightning.ops.tracks import Tracks, alive
 from poodle_lightning.types import UserError
 
 H, W, VIDEOS = 48, 96, 4
@@ -364,6 +364,20 @@ def test_more_frames_than_a_video_has_are_too_many(folder):
     with pytest.raises(Untracked, match="11 frames, 12 are needed") as told:
         TrackedFrames(str(folder), frames=12).draw(name, prints, key_of(0))
     assert told.value.reason == "too_short"
+
+
+def test_ways_for_pictures_are_the_tracks_of_a_frame(folder):
+    source = SyntheticSource(STREETS)
+    name, prints = track_name(source.entries[0], None), video_print(source, source.entries[0])
+    tracked = TrackStore(folder).get(name, prints)
+    spans = alive(tracked.tracks, 0.5)
+    ways = TrackedFrames(str(folder), delta=0.5).ways(name, prints, float(tracked.times[4]))
+    rows = np.flatnonzero(spans.on(4))
+    assert ways.shape == (len(rows), tracked.tracks.frames, 2)
+    for way, row in zip(ways, rows, strict=True):
+        known = way.isfinite().all(dim=1).nonzero()[:, 0].tolist()
+        assert known == list(range(spans.first[row], spans.last[row] + 1))
+        assert np.array_equal(way[4], tracked.tracks.at(np.array([row]), 4)[0])
 
 
 def test_settings_that_make_no_sense_are_refused(folder):

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from poodle_lightning.cli import build
 from poodle_lightning.hub import from_pretrained, load_encoder, save_pretrained
 from poodle_lightning.methods.moco import MoCo
-from poodle_lightning.methods.pico import PiCo
+from poodle_lightning.methods.pico import PiCo, _is_fresh
 from poodle_lightning.nn.encoder import DecodedEncoder
 from poodle_lightning.nn.fpn import SemanticFPN
+from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.types import UserError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "method" / "pico_tiny.yaml"
@@ -135,3 +136,14 @@ def test_frames_without_points_name_the_sampler():
     ) as told:
         fit(tiny(double=False, queue=2), Data(2, None, bring=False))
     assert "\n" not in str(told.value)
+
+
+def test_a_decoder_of_another_encoder_is_refused():
+    with pytest.raises(UserError, match=r"decoder is for maps of .*: 16.* leave model.decoder out"):
+        PiCo(tiny_encoder(), SemanticFPN(ResNet(10, width=16).channels, 32, 16), crops=two_crops())
+
+
+def test_a_frozen_encoder_that_learnt_nothing_is_told_of():
+    learnt = tiny_encoder()
+    learnt.bn1.running_mean.add_(0.5)
+    assert [_is_fresh(encoder) for encoder in (tiny_encoder(), learnt)] == [True, False]

@@ -23,6 +23,7 @@ def test_tracks_are_drawn_on_first_frames():
     look = Look(torch.rand(2, 2, 3, 32, 48))
     ways = torch.rand(70, 5, 2) - 0.5
     ways[:, 3:] = float("nan")
+    ways[::2, 0] = float("nan")
     section = points.tracks(look, (ways, ways[:0]))
     assert pictures(section) == 2
     assert "60 of 70 tracks" in section.body
@@ -43,3 +44,14 @@ def test_nothing_is_shown_of_what_a_method_has_not():
     assert points.pairs(look) is None
     assert points.tracks(look, ()) is None
     assert points.pooling(look) is None
+
+
+def test_tracks_are_coloured_by_where_they_begin(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        points, "place_colours", lambda places: seen.append(places) or torch.zeros(len(places), 3)
+    )
+    nan = float("nan")
+    way = torch.tensor([[[nan, nan], [0.25, 0.5], [0.5, 0.5]], [[-0.5, 0.0], [nan, nan], [nan, nan]]])
+    points.tracks(Look(torch.rand(1, 2, 3, 32, 48)), (way,))
+    assert torch.equal(seen[0], torch.tensor([[0.25, 0.5], [-0.5, 0.0]]))
