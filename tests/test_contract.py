@@ -42,7 +42,13 @@ SMALLER = {
         "--model.subcrops.size=[16, 16]",
     ],
     "MAE": ["--model.crop.size=[32, 32]", "--model.decoder={dim: 16, depth: 1, heads: 2}"],
-    **{kind: [*PAIR, "--model.queue=16"] for kind in ("MoCo", "DenseCL", "PiCo")},
+    **{kind: [*PAIR, "--model.queue=16"] for kind in ("MoCo", "DenseCL")},
+    "PiCo": [
+        *PAIR,
+        "--model.queue=16",
+        "--model.decoder={class_path: poodle_lightning.nn.fpn.SemanticFPN, init_args: {channels: "
+        "{layer1: 8, layer2: 16, layer3: 32, layer4: 64}, dims: 32, pyramid: 32}}",
+    ],
     **dict.fromkeys(("SimCLR", "VICReg"), PAIR),
     **{
         kind: ["--model.hidden=16", "--model.out=8", "--model.views=2", "--model.crop.size=[32, 32]"]
