@@ -32,7 +32,7 @@ from poodle_lightning.data.image_views import ImageViews
 from poodle_lightning.data.label_files import Array
 from poodle_lightning.data.label_sources import SPLITS, Split
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import bernoulli, fold, key_of, uniform
 from poodle_lightning.types import ClassSet, UserError
 
@@ -253,11 +253,7 @@ class ActionDataModule(L.LightningDataModule):
             sampler=RequestSampler(order, 0 if self.trainer is None else self.trainer.global_rank, epoch),
             collate_fn=_collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(self.seed),
+            seed=self.seed,
             **kwargs,
         )
 

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from poodle_lightning.data.label_files import Array, Codes, image_size, mask_size, read_image, read_mask
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.types import UserError
 
 _CODES = replace(Codes.plain(255, kind="palette"), meaning="numbers of objects")
@@ -224,10 +224,7 @@ class DavisDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             # a sequence is large: one in hand per process is enough
             prefetch_factor=1 if self.num_workers else None,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(0),
+            persistent_workers=False,
         )
 
 

@@ -29,7 +29,7 @@ from poodle_lightning.data.label_files import IMAGES, Array, read_image
 from poodle_lightning.data.label_sources import SPLITS, Split, by_key, matched
 from poodle_lightning.data.label_views import resized
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import bernoulli, fold, key_of
 from poodle_lightning.types import UserError
 
@@ -274,11 +274,7 @@ class DepthDataModule(L.LightningDataModule):
             sampler=RequestSampler(order, 0 if self.trainer is None else self.trainer.global_rank, epoch),
             collate_fn=_collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(self.seed),
+            seed=self.seed,
             **kwargs,
         )
 

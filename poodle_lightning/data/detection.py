@@ -17,7 +17,7 @@ from poodle_lightning.data.coco_objects import LEAST, CocoObjects, DetectionName
 from poodle_lightning.data.detection_views import DetectionTestView, DetectionTrainView
 from poodle_lightning.data.label_files import Array
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler, batches_used
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import ClassSet, UserError
 
@@ -246,11 +246,7 @@ class DetectionDataModule(L.LightningDataModule):
             sampler=requests,
             collate_fn=collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(self.seed),
+            seed=self.seed,
             **kwargs,
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from poodle_lightning.data.label_sources import LabelSource, Split
-from poodle_lightning.data.video import single_thread
+from poodle_lightning.data.order import single_thread
 from poodle_lightning.types import IGNORE, ClassSet, UserError
 
 

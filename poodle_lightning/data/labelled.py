@@ -19,7 +19,7 @@ from poodle_lightning.data.label_sources import LabelSource, LayoutSource, Split
 from poodle_lightning.data.label_streets import StreetLabels, SyntheticLabels
 from poodle_lightning.data.label_views import TestView, TrainView, covering
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import key_of, permutation
 from poodle_lightning.types import ClassSet, LabelledBatch, UserError
 
@@ -217,11 +217,7 @@ class LabelledDataModule(L.LightningDataModule):
             sampler=requests,
             collate_fn=collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(self.seed),
+            seed=self.seed,
             **kwargs,
         )
 

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from poodle_lightning.data.label_files import Array, Codes, read_image, read_mask
 from poodle_lightning.data.label_sources import not_there
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
-from poodle_lightning.data.video import HELD_OUT_EPOCH, single_thread
+from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.types import UserError
 
 Task = Literal["segmentation", "detection"]
@@ -226,11 +226,7 @@ class ObjectDataModule(L.LightningDataModule):
             sampler=RequestSampler(order, rank, HELD_OUT_EPOCH),
             collate_fn=collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(0),
+            seed=0,
         )
 
 

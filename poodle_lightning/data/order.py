@@ -93,7 +93,9 @@ class ClipLoader(DataLoader[Any]):
         *args: of ``DataLoader``.
         consumed: batches of the current epoch that were used already.
         check: sees every batch first and may raise.
-        **kwargs: of ``DataLoader``.
+        seed: of its own generator: making an iterator must not advance the global one.
+        **kwargs: of ``DataLoader``; workers stay from epoch to epoch, with one thread each, and batches are
+            in page-locked memory where there is a GPU.
     """
 
     def __init__(
@@ -101,10 +103,17 @@ class ClipLoader(DataLoader[Any]):
         *args: Any,
         consumed: Callable[[], int] | None = None,
         check: Callable[[Any], None] | None = None,
+        seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
-        self.consumed, self.check = consumed, check
+        defaults = {
+            "persistent_workers": kwargs.get("num_workers", 0) > 0,
+            "worker_init_fn": single_thread,
+            "pin_memory": torch.cuda.is_available(),
+            "generator": torch.Generator().manual_seed(seed),
+        }
+        super().__init__(*args, **{**defaults, **kwargs})
+        self.consumed, self.check, self.seed = consumed, check, seed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if isinstance(self.sampler, RequestSampler) and self.batch_size is not None:
@@ -120,6 +129,16 @@ class ClipLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to take over."""
+
+
+def single_thread(worker: int) -> None:
+    """One thread per worker: parallel over videos, never within one."""
+    import cv2
+
+    torch.set_num_threads(1)
+    # 0 runs everything in the caller. 1 would join the pool's threads, which a fork does not copy: it hangs
+    # for ever when the parent has used OpenCV
+    cv2.setNumThreads(0)
 
 
 def batches_used(trainer: Any, before: Mapping[str, int] | None, now: Mapping[str, int]) -> int:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from poodle_lightning.data.batches import Exhausted, collate
@@ -257,11 +256,7 @@ class VideoDataModule(L.LightningDataModule):
             collate_fn=partial(collate, size=self.size),
             check=self._check_batch,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            worker_init_fn=single_thread,
-            pin_memory=torch.cuda.is_available(),
-            # its own generator: making an iterator must not advance the global one
-            generator=torch.Generator().manual_seed(self.seed),
+            seed=self.seed,
             **kwargs,
         )
 
@@ -374,16 +369,6 @@ class VideoDataModule(L.LightningDataModule):
             )
         if self.flow is not None and not isinstance(self.sampler, PairSampler):
             raise UserError(f"flow is between two frames: a {type(self.sampler).__name__} draws no pairs")
-
-
-def single_thread(worker: int) -> None:
-    """One thread per worker: parallel over videos, never within one."""
-    import cv2
-
-    torch.set_num_threads(1)
-    # 0 runs everything in the caller. 1 would join the pool's threads, which a fork does not copy: it hangs
-    # for ever when the parent has used OpenCV
-    cv2.setNumThreads(0)
 
 
 def _pair(size: Sequence[int]) -> Size:

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 from poodle_lightning.data.flow_cache import FlowCache
-from poodle_lightning.data.video import single_thread
+from poodle_lightning.data.order import single_thread
 
 VIDEO, EST = "0123abcd", "DIS medium"
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from poodle_lightning.data.cached_flow import CachedFlow
 from poodle_lightning.data.encode import write_video
+from poodle_lightning.data.order import single_thread
 from poodle_lightning.data.sampling import ClipSampler
 from poodle_lightning.data.streets import StreetSet
-from poodle_lightning.data.video import VideoDataModule, single_thread
+from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.flow.dis import DIS
 from poodle_lightning.types import UserError
 
