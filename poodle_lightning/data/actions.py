@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from poodle_lightning.data.decode import DecodeError, VideoReader
 from poodle_lightning.data.image_views import ImageViews
 from poodle_lightning.data.label_files import Array
 from poodle_lightning.data.label_sources import SPLITS, Split
+from poodle_lightning.data.loading import SharedDataModule, each_once, whole_batches
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import bernoulli, fold, key_of, uniform
@@ -156,7 +156,7 @@ def _resized(clip: Array, size: tuple[int, int]) -> Array:
     return np.stack(frames)
 
 
-class ActionDataModule(L.LightningDataModule):
+class ActionDataModule(SharedDataModule):
     """Clips of videos with a class each, from UCF101's layout; see the module.
 
     In training a video that cannot be read is replaced by the next of the epoch and counted; in a test it
@@ -228,19 +228,14 @@ class ActionDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ClipLoader:
         """Random clips in batches of ``batch_size``; starts where training stands."""
-        videos = self.videos("train")
-        batch = self.batch_size * self._world
-        passes = max(self.clips_per_video, -(-batch // len(videos)))
-        length = len(videos) * passes // batch * batch
-        order = Order(len(videos), passes, length, self._world, self.seed)
+        videos, passes = len(self.videos("train")), self.clips_per_video
+        order = whole_batches(videos, self.batch_size, self._world, self.seed, passes)
         return self._loader("train", order, None, self.batch_size, consumed=self._consumed)
 
     def val_dataloader(self) -> ClipLoader:
         """Every held-out video exactly once over all devices, ``test_clips`` clips of each."""
         total = len(self.videos("val"))
-        if total < self._world:
-            raise UserError(f"{self.root}: {total} videos of the test for {self._world} devices")
-        order = Order(total, 1, total, self._world, shuffle=False)
+        order = each_once(total, self._world, f"{self.root}: {total} videos of the test")
         return self._loader("val", order, HELD_OUT_EPOCH, self.val_batch_size)
 
     def _loader(
@@ -250,22 +245,12 @@ class ActionDataModule(L.LightningDataModule):
         return ClipLoader(
             _Clips(self.videos(split), order, self.view, self.seed, clips),
             batch_size=batch_size,
-            sampler=RequestSampler(order, 0 if self.trainer is None else self.trainer.global_rank, epoch),
+            sampler=RequestSampler(order, self._rank, epoch),
             collate_fn=_collate,
             num_workers=self.num_workers,
             seed=self.seed,
             **kwargs,
         )
-
-    def _consumed(self) -> int:
-        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cv2
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 from poodle_lightning.data.label_files import IMAGES, Array, read_image
 from poodle_lightning.data.label_sources import SPLITS, Split, by_key, matched
 from poodle_lightning.data.label_views import resized
+from poodle_lightning.data.loading import SharedDataModule, each_once, whole_batches
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import bernoulli, fold, key_of
@@ -193,7 +193,7 @@ class DepthFolder(DepthSource):
         return image, depth.astype(np.float32) * np.float32(_MILLIMETRE)
 
 
-class DepthDataModule(L.LightningDataModule):
+class DepthDataModule(SharedDataModule):
     """Images with a depth per pixel for a readout of depth.
 
     Images and depths are brought to one size, in training and in tests, and only mirrored (PiCo, appendix
@@ -251,17 +251,13 @@ class DepthDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> ClipLoader:
         """Mirrored or not, in batches of ``batch_size``; starts where training stands."""
-        total, batch = self.count("train"), self.batch_size * self._world
-        passes = max(1, -(-batch // total))
-        order = Order(total, passes, total * passes // batch * batch, self._world, self.seed)
+        order = whole_batches(self.count("train"), self.batch_size, self._world, self.seed)
         return self._loader("train", order, None, self.batch_size, consumed=self._consumed)
 
     def val_dataloader(self) -> ClipLoader:
         """Every held-out image exactly once over all devices."""
         total = self.count("val")
-        if total < self._world:
-            raise UserError(f"{self.root}: {total} images of the split val for {self._world} devices")
-        order = Order(total, 1, total, self._world, shuffle=False)
+        order = each_once(total, self._world, f"{self.root}: {total} images of the split val")
         return self._loader("val", order, HELD_OUT_EPOCH, self.val_batch_size)
 
     def _loader(
@@ -271,22 +267,12 @@ class DepthDataModule(L.LightningDataModule):
         return ClipLoader(
             _Views(self.source, split, order, self.size, flip, self.seed),
             batch_size=batch_size,
-            sampler=RequestSampler(order, 0 if self.trainer is None else self.trainer.global_rank, epoch),
+            sampler=RequestSampler(order, self._rank, epoch),
             collate_fn=_collate,
             num_workers=self.num_workers,
             seed=self.seed,
             **kwargs,
         )
-
-    def _consumed(self) -> int:
-        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
 
 class _Views(Dataset[tuple[Array, Array, int, str]]):

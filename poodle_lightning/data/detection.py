@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 from poodle_lightning.data.coco_objects import LEAST, CocoObjects, DetectionName, Split, mask_api
 from poodle_lightning.data.detection_views import DetectionTestView, DetectionTrainView
 from poodle_lightning.data.label_files import Array
+from poodle_lightning.data.loading import SharedDataModule, each_once, whole_batches
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler, batches_used
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import key_of
@@ -133,7 +133,7 @@ def collate(items: Sequence[_Item]) -> DetectionBatch:
     )
 
 
-class DetectionDataModule(L.LightningDataModule):
+class DetectionDataModule(SharedDataModule):
     """COCO 2017 or LVIS v1 for training and scoring a detector.
 
     Training: an order that is a function of the seed and the epoch; it can stop and go on at any batch.
@@ -216,9 +216,7 @@ class DetectionDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ClipLoader:
         """Random views in batches of ``batch_size``; starts where training stands."""
         source = self.objects("train")
-        total, batch = len(source.images), self.batch_size * self._world
-        passes = max(1, -(-batch // total))
-        order = Order(total, passes, total * passes // batch * batch, self._world, self.seed)
+        order = whole_batches(len(source.images), self.batch_size, self._world, self.seed)
         requests = RequestSampler(order, self._rank)
         data = _Images(source, order, self.train_view, self.seed, self.masks)
         return self._loader(data, requests, self.batch_size, consumed=self._consumed)
@@ -231,9 +229,7 @@ class DetectionDataModule(L.LightningDataModule):
         """
         source = self.objects("val")
         total = len(source.images)
-        if total < self._world:
-            raise UserError(f"{self.root}: {total} images for {self._world} devices: use at most {total}")
-        order = Order(total, 1, total, self._world, shuffle=False)
+        order = each_once(total, self._world, f"{self.root}: {total} images")
         requests = RequestSampler(order, self._rank, HELD_OUT_EPOCH)
         return self._loader(
             _Images(source, order, self.test_view, self.seed, False), requests, self.val_batch_size
@@ -268,11 +264,3 @@ class DetectionDataModule(L.LightningDataModule):
             return 0
         before, self._resumed_order = self._resumed_order, None
         return batches_used(self.trainer, before, self._order_facts())
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from poodle_lightning.data.image_sets import ImageSet, Source, open_images
 from poodle_lightning.data.image_views import ImageViews
 from poodle_lightning.data.label_files import Array
 from poodle_lightning.data.label_sources import SPLITS, Split
+from poodle_lightning.data.loading import SharedDataModule, each_once
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import key_of, permutation
@@ -59,7 +59,7 @@ class ImageBatch:
         return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory())
 
 
-class ImageClassDataModule(L.LightningDataModule):
+class ImageClassDataModule(SharedDataModule):
     """Images with a class each, for k-NN, linear and finetuned classification.
 
     Training: random crops in an order that is a function of the seed and the epoch. ``memory_dataloader`` and
@@ -172,9 +172,7 @@ class ImageClassDataModule(L.LightningDataModule):
 
     def _whole(self, split: Split) -> ClipLoader:
         total = self.count(split)
-        if total < self._world:
-            raise UserError(f"{self.root}: {total} images of the split {split} for {self._world} devices")
-        order = Order(total, 1, total, self._world, shuffle=False)
+        order = each_once(total, self._world, f"{self.root}: {total} images of the split {split}")
         return self._loader(split, order, HELD_OUT_EPOCH, self.val_batch_size)
 
     def _loader(
@@ -184,22 +182,12 @@ class ImageClassDataModule(L.LightningDataModule):
         return ClipLoader(
             views,
             batch_size=batch_size,
-            sampler=RequestSampler(order, 0 if self.trainer is None else self.trainer.global_rank, epoch),
+            sampler=RequestSampler(order, self._rank, epoch),
             collate_fn=_collate,
             num_workers=self.num_workers,
             seed=self.seed,
             **kwargs,
         )
-
-    def _consumed(self) -> int:
-        """Batches of this epoch that were used: Lightning's own count, right after a restart too."""
-        if self.trainer is None or not self.trainer.training:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
 
 
 class Repeated(Order):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from poodle_lightning.data.label_lists import CocoSource, VocSource
 from poodle_lightning.data.label_sources import LabelSource, LayoutSource, Split
 from poodle_lightning.data.label_streets import StreetLabels, SyntheticLabels
 from poodle_lightning.data.label_views import TestView, TrainView, covering
+from poodle_lightning.data.loading import SharedDataModule, each_once, whole_batches
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.ops.random import key_of, permutation
@@ -28,7 +28,7 @@ LabelledName = Literal["folder", "bdd100k", "cityscapes", "ade20k", "voc", "coco
 _PAPER_VIEW = TrainView(short_side=(512, 2048))
 
 
-class LabelledDataModule(L.LightningDataModule):
+class LabelledDataModule(SharedDataModule):
     """Labelled images for readouts, from any of the sources in ``poodle_lightning.data.label_sources``.
 
     Training: random views in an order that is a function of the seed and the epoch, as ``VideoDataModule``'s;
@@ -182,9 +182,7 @@ class LabelledDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ClipLoader:
         """Random views in batches of ``batch_size``; starts where training stands."""
         numbers = self.numbers("train")
-        total, batch = len(numbers), self.batch_size * self._world
-        passes = max(1, -(-batch // total))
-        order = Order(total, passes, total * passes // batch * batch, self._world, self.seed)
+        order = whole_batches(len(numbers), self.batch_size, self._world, self.seed)
         data = LabelledDataset(self.source, "train", numbers, order, self.train_view, self.seed)
         requests = RequestSampler(order, self._rank)
         return self._loader(data, requests, self.batch_size, consumed=self._consumed)
@@ -199,12 +197,8 @@ class LabelledDataModule(L.LightningDataModule):
 
     def _whole(self, split: Split) -> ClipLoader:
         numbers = self.numbers(split)
-        if len(numbers) < self._world:
-            raise UserError(
-                f"{self._place}: {len(numbers)} images of the split {split} for {self._world} devices: use at"
-                f" most {len(numbers)} devices"
-            )
-        order = Order(len(numbers), 1, len(numbers), self._world, shuffle=False)
+        what = f"{self._place}: {len(numbers)} images of the split {split}"
+        order = each_once(len(numbers), self._world, what)
         data = LabelledDataset(self.source, split, numbers, order, self.test_view, self.seed)
         return self._loader(data, RequestSampler(order, self._rank, HELD_OUT_EPOCH), self.val_batch_size)
 
@@ -247,14 +241,6 @@ class LabelledDataModule(L.LightningDataModule):
     @property
     def _place(self) -> str:
         return self.root or self.source_name
-
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
 
     def _check(self) -> None:
         if self.source_name != "synthetic" and self.root is None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import lightning as L
 import numpy as np
 import torch
 from PIL import Image
@@ -28,6 +27,7 @@ from torch.utils.data import Dataset
 
 from poodle_lightning.data.label_files import Array, Codes, read_image, read_mask
 from poodle_lightning.data.label_sources import not_there
+from poodle_lightning.data.loading import SharedDataModule, each_once
 from poodle_lightning.data.order import ClipLoader, Order, Request, RequestSampler
 from poodle_lightning.data.video import HELD_OUT_EPOCH
 from poodle_lightning.types import UserError
@@ -146,7 +146,7 @@ class VocObjects:
         return Scene(image, size, boxes, objects, number, name)
 
 
-class ObjectDataModule(L.LightningDataModule):
+class ObjectDataModule(SharedDataModule):
     """Images with their objects, for object discovery; there is nothing to train on.
 
     Args:
@@ -214,16 +214,12 @@ class ObjectDataModule(L.LightningDataModule):
         Raises:
             UserError: there are fewer images than devices.
         """
-        world = 1 if self.trainer is None else self.trainer.world_size
-        rank = 0 if self.trainer is None else self.trainer.global_rank
         total = self.count()
-        if total < world:
-            raise UserError(f"{self.source.root}: {total} images for {world} devices: use at most {total}")
-        order = Order(total, 1, total, world, shuffle=False)
+        order = each_once(total, self._world, f"{self.source.root}: {total} images")
         return ClipLoader(
             _Scenes(self.source, self.size, order),
             batch_size=self.batch_size,
-            sampler=RequestSampler(order, rank, HELD_OUT_EPOCH),
+            sampler=RequestSampler(order, self._rank, HELD_OUT_EPOCH),
             collate_fn=collate,
             num_workers=self.num_workers,
             seed=0,

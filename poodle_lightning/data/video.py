@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 
 from poodle_lightning.data.batches import Exhausted, collate
 from poodle_lightning.data.cached_flow import CachedFlow, FixedPairs
 from poodle_lightning.data.clips import ClipDataset, PixelFlow
 from poodle_lightning.data.footage import FootageLoader, footage_loader
+from poodle_lightning.data.loading import SharedDataModule
 from poodle_lightning.data.opening import NO_FILMS, Origin, SourceName
 from poodle_lightning.data.order import ClipLoader, Order, RequestSampler, batches_used
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, Sampler, WindowSampler
@@ -34,7 +34,7 @@ HELD_OUT_EPOCH = -1
 _LOOKED_AT = 50
 
 
-class VideoDataModule(L.LightningDataModule):
+class VideoDataModule(SharedDataModule):
     """Clips for pretraining, from any of the sources in ``poodle_lightning.data.sources``.
 
     An epoch takes every training video once (``repeats`` times), in an order that is a function of the seed
@@ -316,14 +316,6 @@ class VideoDataModule(L.LightningDataModule):
             raise self.ledger.exhausted(batch.skipped)
 
     # ---- settings
-    @property
-    def _world(self) -> int:
-        return 1 if self.trainer is None else self.trainer.world_size
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
     def _why_rgb(self) -> str:
         """Why these settings never give planes; empty if they may."""
         if self.source_name in NO_FILMS:
