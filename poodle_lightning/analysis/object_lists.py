@@ -17,15 +17,14 @@ is.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poodle_lightning.data.tables import rows_of
 from poodle_lightning.types import UserError
 
 _ENDINGS = (".csv", ".jsonl", ".json")
@@ -74,43 +73,10 @@ def read_objects(path: str | Path) -> list[Found]:
     file = Path(path)
     if file.suffix.lower() not in _ENDINGS:
         raise UserError(f"{file}: objects are read from {', '.join(_ENDINGS)}: choose one of these forms")
-    try:
-        rows = list(_csv(file) if file.suffix.lower() == ".csv" else _json_lines(file))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is no UTF-8 text ({error.reason})") from error
+    rows = list(rows_of(file, ("time", "class")))
     if not rows:
         raise UserError(f"{file}: holds no line with an object")
     return [_found(file, line, row) for line, row in rows]
-
-
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream)
-        missing = {"time", "class"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(
-                f"{file}: the first line must name the columns; missing: {', '.join(sorted(missing))}"
-            )
-        for row in reader:
-            yield reader.line_num, row
-
-
-def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{file}, line {number}: is no JSON ({error.msg}); one object a line"
-                ) from error
-            if not isinstance(row, dict) or "time" not in row or "class" not in row:
-                raise UserError(f'{file}, line {number}: must be {{"time": …, "class": …}}')
-            yield number, row
 
 
 def _found(file: Path, line: int, row: dict[str, Any]) -> Found:

@@ -260,7 +260,8 @@ def _read(
             if not running:
                 return
             ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
+            # what was seen comes before what went wrong, so that it is written down
+            for future in sorted(ended, key=lambda one: one.exception() is not None):
                 yield future.result()
     finally:
         stop.set()  # or the pool would wait for all frames of the videos that it reads

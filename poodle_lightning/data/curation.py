@@ -10,11 +10,9 @@ is stopped goes on, several processes share the work, and other titles, classes 
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,12 +27,13 @@ from poodle_lightning.data.encode import coding
 from poodle_lightning.data.info import DecodeError, VideoInfo
 from poodle_lightning.data.looks import Look
 from poodle_lightning.data.prepare import in_order
+from poodle_lightning.data.tables import rows_of
 from poodle_lightning.data.titles import TitleClass, Titles
 from poodle_lightning.data.videonet import Curated
 from poodle_lightning.types import UserError
 
 COLUMNS = ("id", "title", "path", "duration")
-_NEEDED = frozenset(COLUMNS) - {"duration"}
+_NEEDED = COLUMNS[:3]
 _ENDINGS = (".csv", ".tsv", ".jsonl", ".json")
 # A length that rounding puts below the least one counts.
 _SLACK = 1e-6
@@ -116,58 +115,21 @@ def read_table(path: str | Path) -> list[Listed]:
         raise UserError(f"--videos {file}: a table ends in {', '.join(_ENDINGS)}: choose one of these forms")
     folder = Path(os.path.abspath(file)).parent
     ids, paths, found = set[str](), set[str](), list[Listed]()
-    try:
-        for number, row in _json_rows(file) if file.suffix.lower().startswith(".json") else _csv_rows(file):
-            one = _listed(file, number, row, folder)
-            if one.id in ids:
-                raise UserError(f"--videos {file}, line {number}: the id {one.id!r} is there twice")
-            ids.add(one.id)
-            if one.path not in paths:
-                paths.add(one.path)
-                found.append(one)
-    except OSError as error:
-        raise UserError(f"--videos {file}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--videos {file}: is no table of text ({error})") from error
+    for number, row in rows_of(file, _NEEDED, "--videos"):
+        one = _listed(file, number, row, folder)
+        if one.id in ids:
+            raise UserError(f"--videos {file}, line {number}: the id {one.id!r} is there twice")
+        ids.add(one.id)
+        if one.path not in paths:
+            paths.add(one.path)
+            found.append(one)
     if not found:
         raise UserError(f"--videos {file}: holds no video")
     return found
 
 
-def _csv_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        if missing := _NEEDED - set(reader.fieldnames or ()):
-            lacking = ", ".join(name for name in COLUMNS if name in missing)
-            raise UserError(
-                f"--videos {file}: the first line must name the columns {', '.join(COLUMNS)}; missing: "
-                f"{lacking}"
-            )
-        for row in reader:
-            yield reader.line_num, row
-
-
-def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"--videos {file}, line {number}: is no JSON ({error.msg}); one video a line"
-                ) from error
-            if not isinstance(row, dict) or not _NEEDED.issubset(row):
-                raise UserError(
-                    f'--videos {file}, line {number}: must be {{"id": …, "title": …, "path": …}}, perhaps '
-                    'with "duration"'
-                )
-            yield number, row
-
-
 def _listed(file: Path, number: int, row: Mapping[str, Any], folder: Path) -> Listed:
-    identity, title, path = (str(row[key] if row[key] is not None else "").strip() for key in COLUMNS[:3])
+    identity, title, path = (str(row[key] if row[key] is not None else "").strip() for key in _NEEDED)
     if not identity or not path:
         raise UserError(f"--videos {file}, line {number}: an id and a path are needed")
     given = row.get("duration")

@@ -13,7 +13,6 @@ Other columns are ignored.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 from poodle_lightning.data.info import VideoInfo
 from poodle_lightning.data.sources import Entry, FolderSource, inner_path
+from poodle_lightning.data.tables import rows_of
 from poodle_lightning.types import Skip, UserError
 
 FILE_NAME = "shots.csv"
@@ -82,23 +82,9 @@ def read_shots(path: str | Path) -> list[Listed]:
         UserError: the file is missing, is no such list, is empty, or has a line that cannot be used.
     """
     file = Path(path)
-    try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream)
-            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise UserError(
-                    f"{file}: the first line must be video,start,stop; missing: {', '.join(missing)}"
-                )
-            found = [_listed(file, reader.line_num, row) for row in reader]
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{file}: no such list of shots; source youtube8m_shots needs it beside the videos"
-        ) from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: is no list of text ({error})") from error
+    if not file.exists():
+        raise UserError(f"{file}: no such list of shots; source youtube8m_shots needs it beside the videos")
+    found = [_listed(file, line, row) for line, row in rows_of(file, _COLUMNS)]
     if not found:
         raise UserError(f"{file}: holds no shot; write one a line: video,start,stop")
     return found

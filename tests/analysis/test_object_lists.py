@@ -65,7 +65,7 @@ def test_a_list_goes_to_the_video_it_names(tmp_path):
     ("name", "text", "words"),
     [
         ("a.csv", "time,label\n0,dog\n", "missing: class"),
-        ("a.csv", "", "missing: class, time"),
+        ("a.csv", "", "missing: time, class"),
         ("a.csv", "time,class\n", "no line with an object"),
         ("a.csv", "time,class\n0,dog\nsoon,dog\n", "line 3: time 'soon'"),
         ("a.csv", "time,class\n-1,dog\n", "line 2: time '-1'"),
@@ -76,7 +76,7 @@ def test_a_list_goes_to_the_video_it_names(tmp_path):
         ("a.jsonl", '{"time": null, "class": "dog"}', "line 1: time None"),
         ("a.txt", "0 dog", ".csv, .jsonl, .json"),
         ("a.csv", None, "cannot be read"),
-        ("a.csv", b"time,class\n0,\xff\n", "no UTF-8"),
+        ("a.csv", b"time,class\n0,\xff\n", "is no table of text"),
     ],
 )
 def test_a_wrong_list_is_one_line_with_the_file(tmp_path, name, text, words):

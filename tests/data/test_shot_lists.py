@@ -82,7 +82,7 @@ def test_a_list_without_a_usable_shot(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "the first line must be video,start,stop; missing: video, start, stop"),
+        ("", "the first line must name the columns video, start, stop; missing: video, start, stop"),
         ("video,begin,stop\na,0,1\n", "missing: start"),
         ("video,start,stop\n", "holds no shot"),
         ("video,start,stop\na,0,1\na,1,x\n", "line 3: 'a,1,x' is no shot"),
@@ -104,7 +104,7 @@ def test_lists_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="no such list of shots; source youtube8m_shots needs it"):
         ShotListSource(tmp_path)
     (tmp_path / "shots.csv").write_bytes(b"video,start,stop\n\xff,0,1\n")
-    with pytest.raises(UserError, match="is no list of text"):
+    with pytest.raises(UserError, match="is no table of text"):
         read_shots(tmp_path / "shots.csv")
     (tmp_path / "shots.csv").write_text("\ufeffvideo,start,stop\na,0,1\n", encoding="utf-8")
     assert read_shots(tmp_path / "shots.csv") == [Listed("a", 0.0, 1.0, 2)]
