@@ -143,6 +143,7 @@ def main(words: list[str] | None = None) -> dict[str, object]:
     results = {"mean_motion_px": motion, "formats": found}
     name = "flow_cache" if args.video is None else f"flow_cache_{args.video.stem}"
     name += "" if args.gap == GAP else f"_{args.gap:g}s"
+    name += "" if (args.h, args.w) == (512, 1024) else f"_{args.h}x{args.w}"
     args.video = None if args.video is None else args.video.name
     path = record.save(name, args, results)
     print(f"{len(kept)} pairs of {args.h} x {args.w}, {motion:.1f} px of motion on average\n")

@@ -90,7 +90,7 @@ class Division:
         if not usable:
             raise UserError(
                 f"{name}: none of {len(source.entries)} videos lasts the {self.span:g} s that a clip needs: "
-                "use a smaller gap, closer or fewer frames, or longer videos"
+                "use a smaller gap or window, closer or fewer frames, or longer videos"
             )
         if self.hours is not None:
             usable = of_hours(usable, self.hours, self.seed, self.span)

@@ -22,7 +22,7 @@ def flow_cache(monkeypatch):
 def test_counts_bytes_and_errors_of_every_format(flow_cache, tmp_path, capsys):
     flow_cache.main([*SIZE, "--pairs", "2", "--rounds", "0", "--out", str(tmp_path)])
     assert "for DIS medium (here: fast)" in capsys.readouterr().out
-    found = json.loads((tmp_path / "flow_cache.json").read_text())["results"]["formats"]
+    found = json.loads((tmp_path / "flow_cache_64x96.json").read_text())["results"]["formats"]
     assert found["float16"]["kb"] == pytest.approx(2 * 64 * 96 * 2 / 1e3)
     assert found["float16"]["gb_of_70k_pairs_both_ways"] == pytest.approx(4 * 64 * 96 * 2 * 70e3 / 1e9)
     assert found["float16"]["gb_per_hour_both_ways"] == pytest.approx(4 * 64 * 96 * 2 * 30 * 3600 / 1e9)
@@ -39,7 +39,7 @@ def test_a_film_is_named_without_its_folder(flow_cache, tmp_path):
     write_video(tmp_path / "drive.mp4", frames, 10)
     words = [*SIZE, "--pairs", "1", "--rounds", "1", "--gap", "0.2", "--out", str(tmp_path)]
     flow_cache.main([*words, "--video", str(tmp_path / "drive.mp4")])
-    text = (tmp_path / "flow_cache_drive_0.2s.json").read_text()
+    text = (tmp_path / "flow_cache_drive_0.2s_64x96.json").read_text()
     assert str(tmp_path) not in text
     assert json.loads(text)["arguments"]["video"] == "drive.mp4"
     assert json.loads(text)["results"]["formats"]["delta"]["decode_ms"]["min"] >= 0
