@@ -28,7 +28,7 @@ def in_two(act):
         for process in both:
             process.start()
         for process in both:
-            process.join(timeout=60)
+            process.join(timeout=240)
         assert [process.exitcode for process in both] == [0, 0]
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 

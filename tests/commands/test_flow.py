@@ -216,7 +216,7 @@ def test_closing_ends_the_threads_that_wait():
     time.sleep(0.1)  # they wait now
     pool.close()
     for thread in started:
-        thread.join(5)
+        thread.join(60)
     assert len(started) == 2
     assert not any(thread.is_alive() for thread in started)
 
