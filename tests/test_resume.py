@@ -58,3 +58,12 @@ def test_next_losses_are_bit_equal(name, workers, tmp_path, monkeypatch):
         assert {k: v for k, v in resumed.items() if k >= step} == {
             k: v for k, v in expected.items() if k >= step
         }
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_a_longer_run_goes_on_where_the_limit_of_steps_ended_one(steps, tmp_path, monkeypatch):
+    """Four batches per epoch: at the end of one, and inside the second."""
+    monkeypatch.chdir(tmp_path)
+    expected = losses(fit("byol", "whole", 9))
+    fit("byol", "short", steps)
+    assert losses(fit("byol", "short", 9, "--ckpt_path=last")) == expected

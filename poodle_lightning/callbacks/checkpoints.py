@@ -105,7 +105,8 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
 
     Lightning saves there before it counts the epoch as complete. A run that is limited by steps then goes
     through that epoch once more without a batch and counts it twice, so its data would be those of the epoch
-    after next.
+    after next. Where the limit of steps ended a run inside an epoch, the epoch is open still: a longer run
+    goes on with the rest of it.
     """
     loop = checkpoint.get("loops", {}).get("fit_loop")
     if loop is None:
@@ -113,6 +114,10 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
     epochs, batches = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
     total = epochs["total"]
     if not total["ready"] == total["started"] == total["processed"] == total["completed"] + 1:
+        return
+    if not batches["is_last_batch"]:
+        for count in (total, epochs["current"]):
+            count["processed"] = count["completed"]
         return
     for count in (total, epochs["current"]):
         count["completed"] = count["processed"]
