@@ -128,16 +128,24 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """Which network computed how many pairs at once."""
-    seen, pixels_of = [], RAFT.pixels_of
+def batches(monkeypatch, devices):
+    """Which network computed how many pairs at once; the first batches wait until two more pairs do."""
+    seen, pixels_of, submit = [], RAFT.pixels_of, OnDevices.submit
+    handed_over, enough = [], threading.Event()
+
+    def counted(self, frames):
+        future = submit(self, frames)
+        handed_over.append(future)
+        if len(handed_over) >= devices + 2:
+            enough.set()
+        return future
 
     def watched(self, pairs):
-        if id(self) not in {network for network, _ in seen}:
-            time.sleep(0.5)  # more pairs are read meanwhile and wait, however busy the machine
+        assert enough.wait(60)
         seen.append((id(self), len(pairs)))
         return pixels_of(self, pairs)
 
+    monkeypatch.setattr(OnDevices, "submit", counted)
     monkeypatch.setattr(RAFT, "pixels_of", watched)
     return seen
 
@@ -176,7 +184,7 @@ class Slow:
 
     def pixels_of(self, pairs):
         if not self.sizes:
-            self.barrier.wait(10)
+            self.barrier.wait(60)
         self.sizes.append([pair.shape[1:3] for pair in pairs])
         return np.stack([np.full((2, 2, *pair.shape[1:3]), pair.flat[0], np.float32) for pair in pairs])
 
@@ -187,7 +195,7 @@ def test_all_devices_work_at_once_and_a_batch_has_one_size():
     pool = OnDevices(rafts, batch=3)
     shapes = [(8, 8)] * 6 + [(8, 16)] * 6
     futures = [pool.submit(np.full((2, *shape, 3), number, np.uint8)) for number, shape in enumerate(shapes)]
-    flows = [future.result(10) for future in futures]
+    flows = [future.result(60) for future in futures]
     pool.close()
     assert [flow.shape[2:] for flow in flows] == shapes
     assert [flow.flat[0] for flow in flows] == list(range(12))

@@ -115,7 +115,7 @@ class Interrupted:
 
     def open(self, entry):
         if entry.path.endswith("b.mp4"):
-            assert self.busy.wait(10)
+            assert self.busy.wait(60)
             raise KeyboardInterrupt
         return self.source.open(entry)
 
@@ -129,7 +129,7 @@ class Patient:
     def pixels(self, first, second):
         self.calls += 1
         self.busy.set()
-        assert self.closed.wait(10)
+        assert self.closed.wait(60)
         return np.zeros((2, 2, *first.shape[:2]), np.float32)
 
 

@@ -241,10 +241,10 @@ def test_an_interruption_ends_running_videos_and_leaves_no_part(films, tmp_path)
     class Waiting:
         def video(self, footage):
             if footage is videos[0]:
-                assert busy.wait(10)
+                assert busy.wait(60)
                 raise KeyboardInterrupt
             busy.set()
-            halt.wait(10)
+            halt.wait(60)
             try:
                 Trace(DIS("fast"), str(tmp_path), points=5).video(footage)
             except Halted:
