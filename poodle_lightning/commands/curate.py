@@ -152,8 +152,10 @@ def _check(args: argparse.Namespace) -> Path:
     out = Path(args.out).expanduser()
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: give the file of the list, e.g. {out / 'videonet.jsonl'}")
-    if Path(args.videos).exists() and out.exists() and os.path.samefile(out, args.videos):
-        raise UserError(f"--out {out} is the table itself: choose another file")
+    given = {"videos": args.videos, "classes": args.classes, "classifier": args.classifier.rpartition(":")[2]}
+    for name, path in given.items():
+        if out.exists() and Path(path).exists() and os.path.samefile(out, path):
+            raise UserError(f"--out {out} is the file of --{name} itself: choose another one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -144,8 +144,8 @@ class ClipView:
     def test(self, clip: Array) -> Array:
         """Short side to ``resize``, then the centre, of ``(T, H, W, 3)`` uint8."""
         height, width = clip.shape[1:3]
-        factor = self.resize / min(height, width)
-        part = _resized(clip, (max(self.size, int(height * factor)), max(self.size, int(width * factor))))
+        short = min(height, width)  # whole numbers: 256 / 253 * 253 is 255.99…, and would be 255
+        part = _resized(clip, (height * self.resize // short, width * self.resize // short))
         top, left = (round((side - self.size) / 2) for side in part.shape[1:3])
         return part[:, top : top + self.size, left : left + self.size]
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from poodle_lightning.types import UserError
 
 _LIBRARIES = ("torchvision:", "timm:")
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_USUAL = 1000  # outputs; no part of a network but its last layer is so wide
 
 
 @dataclass(frozen=True)
@@ -150,13 +152,12 @@ def _torchvision(name: str, weights: str) -> tuple[nn.Module, Sight]:
     if weights and weights not in members:
         state = _state(weights, f"torchvision:{name}", f"a file, or one of {', '.join(members)}")
         entry = next((one for one in known if one.url.endswith(f"/{Path(weights).name}")), next(iter(known)))
-        model = models.get_model(name, weights=None, num_classes=_outputs(state))
-        load_state(model, state, weights)
+        model = _filled(partial(models.get_model, name, weights=None), state, weights)
     else:
         entry = members[weights or "DEFAULT"]
         try:
             model = models.get_model(name, weights=entry)
-        except OSError as error:  # also of the URL
+        except (OSError, RuntimeError) as error:  # also of the URL; a damaged file in torch's cache
             raise UserError(_unfetched(f"torchvision:{name}", error, entry.url)) from error
     shown: Any = entry.transforms()
     mode = shown.interpolation.value
@@ -168,21 +169,33 @@ def _timm(name: str, weights: str) -> tuple[nn.Module, Sight]:
     import timm
     from timm.data import resolve_model_data_config
 
-    if not timm.is_model(name.partition(".")[0]):
+    if not timm.is_model(name.partition(".")[0]) or not _has_tag(name):
         raise UserError(f"--classifier timm:{name}: timm has no such model, e.g. timm:resnet50.a1_in1k")
     if weights:
         state = _state(weights, f"timm:{name}", "a file of its weights")
-        model = timm.create_model(name, pretrained=False, num_classes=_outputs(state))
-        load_state(model, state, weights)
+        model = _filled(partial(timm.create_model, name, pretrained=False), state, weights)
     else:
         try:
             model = timm.create_model(name, pretrained=True)
         except Exception as error:  # timm, huggingface_hub, httpx and safetensors have errors of their own
             raise UserError(_unfetched(f"timm:{name}", error, "")) from error
+        if getattr(model, "num_classes", None) == 0:
+            raise UserError(f"--classifier timm:{name}: has no last layer: it is no classifier")
     shown = resolve_model_data_config(model)
     crop = int(shown["input_size"][-1])
     sight = (int(crop / shown["crop_pct"]), crop, tuple(shown["mean"]), tuple(shown["std"]))
     return model, Sight(*sight, shown["interpolation"])
+
+
+def _has_tag(name: str) -> bool:
+    """Whether timm knows the weights that a name asks for after its dot."""
+    from timm.models import get_pretrained_cfg
+
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _resnet_file(source: str) -> tuple[nn.Module, Sight]:
@@ -198,9 +211,7 @@ def _resnet_file(source: str) -> tuple[nn.Module, Sight]:
             f"--classifier {source}: {lacking}; give torchvision:NAME:{source} or timm:NAME:{source}, of a "
             "model with its classifier"
         )
-    model = models.get_model(f"resnet{depth}", weights=None, num_classes=_outputs(state))
-    load_state(model, state, source)
-    return model, Sight()
+    return _filled(partial(models.get_model, f"resnet{depth}", weights=None), state, source), Sight()
 
 
 def _state(path: str, before: str, wanted: str) -> dict[str, Tensor]:
@@ -210,9 +221,18 @@ def _state(path: str, before: str, wanted: str) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in read_state(path).items()}
 
 
-def _outputs(state: Mapping[str, Tensor]) -> int:
-    """How many classes: the length of the last bias."""
-    return next((value.numel() for value in reversed(list(state.values())) if value.ndim == 1), 1000)
+def _filled(build: Callable[..., Any], state: Mapping[str, Tensor], source: str) -> nn.Module:
+    """A model with weights, of as many classes as those have.
+
+    Which tensor tells that is the model's to say: a file may hold its tensors in any order.
+    """
+    model: nn.Module = build(num_classes=_USUAL)
+    last = [name for name, value in model.state_dict().items() if value.shape[:1] == (_USUAL,)][-1:]
+    found = [state[name].shape[0] for name in last if name in state and state[name].ndim]
+    if found and found[0] != _USUAL:
+        model = build(num_classes=found[0])
+    load_state(model, state, source)
+    return model
 
 
 def _unfetched(name: str, error: Exception, address: str) -> str:
@@ -249,7 +269,7 @@ def outputs_of(classes: Sequence[TitleClass], outputs: int) -> list[int]:
     found = []
     for place, one in enumerate(classes):
         if one.index is not None:
-            found.append(one.index)
+            found.append(_agreed(one, one.index, labels))
         elif labels is None:
             found.append(place)
         else:
@@ -287,6 +307,17 @@ def _labels(outputs: int) -> _Labels | None:
         for name in info.index_to_description(number).split(","):
             by_name[words(name)].add(number)
     return _Labels({wnid: n for n, wnid in enumerate(info.label_names())}, by_name, release)
+
+
+def _agreed(one: TitleClass, index: int, labels: _Labels | None) -> int:
+    """A class's index, if its WordNet id has no other one among the classifier's."""
+    known = index if labels is None or one.wnid is None else labels.by_wnid.get(one.wnid, index)
+    if labels is not None and known != index:
+        raise UserError(
+            f"--classifier is of another label set: {one.key} is its output {index} by --classes, but in its "
+            f"{labels.release} {known}: remove the index or the wnid, or give another classifier"
+        )
+    return index
 
 
 def _output(one: TitleClass, labels: _Labels, place: int | None) -> int:

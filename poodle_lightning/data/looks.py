@@ -48,7 +48,7 @@ def stamp_of(path: str) -> Stamp | None:
     """The stamp of a file; None if it cannot be looked at."""
     try:
         found = os.stat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have is a ValueError
         return None
     return found.st_size, found.st_mtime_ns
 
@@ -68,8 +68,9 @@ class Looks:
     def __init__(self, folder: str | Path, classifier: str, frames: int) -> None:
         self.folder = Path(folder)
         self._setting = f"{classifier[:16]}-{frames}"
-        self._found: dict[str, Look] = {}
-        self._failed: dict[str, Look] = {}  # what may pass
+        # by path and stamp: a share may have seen another state of the file than the one that is there now
+        self._found: dict[tuple[str, Stamp | None], Look] = {}
+        self._failed: dict[tuple[str, Stamp | None], Look] = {}  # what may pass
         self.read()
 
     def read(self) -> None:
@@ -87,7 +88,7 @@ class Looks:
 
     def _keep(self, look: Look) -> None:
         passing = look.skip is not None and look.skip.reason in _PASSING
-        (self._failed if passing else self._found)[look.path] = look
+        (self._failed if passing else self._found)[look.path, look.stamp] = look
 
     def get(self, path: str, failed: bool = False) -> Look | None:
         """What was seen in a video; None where it is new or has changed since.
@@ -102,8 +103,8 @@ class Looks:
         if stamp is None:
             return Look(path, None, None, skip=Skip(path, "missing", "no such file"))
         for kept in (self._found, self._failed) if failed else (self._found,):
-            look = kept.get(path)
-            if look is not None and look.stamp == stamp:
+            look = kept.get((path, stamp))
+            if look is not None:
                 return look
         return None
 

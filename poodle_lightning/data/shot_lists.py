@@ -59,7 +59,7 @@ class ShotListSource(FolderSource):
     """
 
     def __init__(self, root: str | Path, workers: int = 0) -> None:
-        file = Path(root) / FILE_NAME
+        file = Path(root).expanduser() / FILE_NAME
         listed = read_shots(file)
         wanted = {one.video for one in listed}
         super().__init__(root, lambda path: not wanted.isdisjoint(_names(path, root)), workers)

@@ -230,7 +230,8 @@ class BDD100KSource(FolderSource):
     """
 
     def __init__(self, root: str | Path, split: str = "train", workers: int = 0) -> None:
-        tried = [Path(root) / "videos" / split, Path(root) / "bdd100k" / "videos" / split]
+        base = Path(root).expanduser()
+        tried = [base / "videos" / split, base / "bdd100k" / "videos" / split]
         folder = next((path for path in tried if path.is_dir()), None)
         if folder is None:
             raise UserError(
@@ -304,7 +305,7 @@ class Kinetics400Source(FolderSource):
     FOLDERS: tuple[str, ...] = ("kinetics400", "k400")
 
     def __init__(self, root: str | Path, split: str = "train", workers: int = 0) -> None:
-        tried = [Path(root) / part / split for part in (".", *self.FOLDERS)]
+        tried = [Path(root).expanduser() / part / split for part in (".", *self.FOLDERS)]
         folder = next((path for path in tried if path.is_dir()), None)
         if folder is None:
             raise UserError(

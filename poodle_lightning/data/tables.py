@@ -31,20 +31,33 @@ def rows_of(file: Path, columns: Sequence[str], said: str = "") -> Iterator[Row]
         yield from lines(file, columns, name)
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror or error})") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{name}: is no table of text ({error})") from error
 
 
 def _csv(file: Path, columns: Sequence[str], name: str) -> Iterator[Row]:
     with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+        # strict: else a quotation mark that is not closed swallows all lines up to the next one
+        mark = "\t" if file.suffix.lower() == ".tsv" else ","
+        reader = csv.DictReader(stream, delimiter=mark, strict=True)
+        try:
+            if missing := [column for column in columns if column not in (reader.fieldnames or ())]:
+                raise UserError(
+                    f"{name}: the first line must name the columns {', '.join(columns)}; missing: "
+                    f"{', '.join(missing)}"
+                )
+            for row in reader:
+                if any(row.get(None) or ()):
+                    raise UserError(
+                        f"{name}, line {reader.line_num}: has more fields than columns: put text that holds "
+                        "the delimiter in quotation marks"
+                    )
+                yield reader.line_num, row
+        except csv.Error as error:
             raise UserError(
-                f"{name}: the first line must name the columns {', '.join(columns)}; missing: "
-                f"{', '.join(missing)}"
-            )
-        for row in reader:
-            yield reader.line_num, row
+                f"{name}, line {reader.line_num + 1}: is no row of a table ({error}): text that begins with "
+                "a quotation mark ends with one, and those within it are doubled"
+            ) from error
 
 
 def _json(file: Path, columns: Sequence[str], name: str) -> Iterator[Row]:

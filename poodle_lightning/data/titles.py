@@ -148,12 +148,15 @@ def read_classes(given: str) -> list[TitleClass]:
 
 
 def imagenet_classes() -> list[TitleClass]:
-    """The 1,000 classes of ImageNet in the usual order, with WordNet's synonyms as timm lists them."""
+    """The 1,000 classes of ImageNet in the usual order, with WordNet's synonyms as timm lists them.
+
+    They have no ``index``: in a larger release of ImageNet other outputs are theirs.
+    """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     return [
-        _class(_split(info.index_to_description(number)), wnid, number)
+        _class(_split(info.index_to_description(number)), wnid)
         for number, wnid in enumerate(info.label_names())
     ]
 
@@ -172,9 +175,9 @@ def _of_lines(text: str) -> list[TitleClass]:
     found = []
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
-            first, _, rest = line.strip().partition(" ")
+            first, *rest = line.split(maxsplit=1)
             wnid = first if _WNID.fullmatch(first) else None
-            found.append(_class(_split(rest if wnid else line), wnid))
+            found.append(_class(_split("".join(rest) if wnid else line), wnid))
     return found
 
 
@@ -186,8 +189,10 @@ def _of_json(file: Path, text: str) -> list[TitleClass]:
     try:
         if isinstance(content, dict):
             return [_of_pair(key, value) for key, value in content.items()]
-        return [_of_object(one) for one in content]
-    except (TypeError, KeyError, ValueError) as error:
+        if isinstance(content, list):
+            return [_of_object(one) for one in content]
+        raise TypeError(content)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(
             f'--classes {file}: must be a list of {{"name": …, "wnid": …, "synonyms": […]}} or an object '
             '{"wnid": "name, synonym"}'

@@ -116,7 +116,7 @@ def read_manifest(path: str | Path) -> list[Curated]:
     Raises:
         UserError: there is no such list, it is none, is damaged, or holds no video.
     """
-    file = Path(path)
+    file = Path(path).expanduser()
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:

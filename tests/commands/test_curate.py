@@ -17,6 +17,13 @@ from poodle_lightning.data.videonet import VideoNetSource, read_manifest
 DOG, CAT = 3, 1
 
 
+@pytest.fixture(autouse=True)
+def one_share(monkeypatch):
+    for launcher in ("RANK WORLD_SIZE", "SLURM_PROCID SLURM_STEP_NUM_TASKS"):
+        for name in launcher.split():
+            monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A ResNet-18 of four classes that always answers dog."""
@@ -81,9 +88,11 @@ def test_list_report_and_what_is_said(words, tmp_path, capsys):
 
 def test_nothing_is_looked_at_twice(words, tmp_path, capsys, monkeypatch):
     assert cli.main(words) == 0
+    capsys.readouterr()
     monkeypatch.setattr(curation, "first_frames", lambda *_: pytest.fail("looked at again"))
     assert cli.main([*words, "--per-class", "1"]) == 0
-    assert "1 retrieved by their titles" not in capsys.readouterr().err
+    # a for dog, b for cat
+    assert "2 retrieved by their titles, 0 to be looked at" in capsys.readouterr().err
     assert [one.id for one in read_manifest(tmp_path / "new" / "list.jsonl")] == ["a"]
 
 
@@ -132,7 +141,8 @@ def replaced(words, name, value):
         ("classes", "none.json", "--classes none.json: cannot be read"),
         ("classifier", "none.pt", "--classifier none.pt: there is no file none.pt"),
         ("out", "{}", "is a folder: give the file of the list"),
-        ("out", "{}/table.csv", "is the table itself"),
+        ("out", "{}/table.csv", "is the file of --videos itself"),
+        ("out", "{}/classes.json", "is the file of --classes itself"),
         ("out", "{}/0.mp4/list.jsonl", "its folder cannot be made"),
         ("frames", "0", "--frames must be at least 1"),
         ("min-seconds", "-1", "--min-seconds must be at least 0"),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from action_trees import VIEW, module, ucf
+from torchvision.transforms.functional import resize
 
+from poodle_lightning.data import actions
 from poodle_lightning.data.actions import ActionDataModule, ClipView
 from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import UserError
@@ -24,6 +26,14 @@ def test_the_papers_clips():
     drawn = [view.draw(10.0, key_of(0, number).reshape(1)) for number in range(300)]
     assert 0 <= min(drawn) < 0.3
     assert 7.8 < max(drawn) <= 10 - 31 / 16
+
+
+@pytest.mark.parametrize("size", [(240, 320), (253, 300), (720, 478)])
+def test_a_test_resizes_as_torchvision_does(monkeypatch, size):
+    asked = []
+    monkeypatch.setattr(actions, "_resized", lambda clip, size: asked.append(size) or clip)
+    ClipView().test(np.zeros((1, *size, 3), np.uint8))
+    assert asked == [tuple(resize(torch.zeros(3, *size), 256).shape[1:])]
 
 
 def test_a_short_video_begins_again():

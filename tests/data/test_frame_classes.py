@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from urllib.error import URLError
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torchvision import models
 
 from poodle_lightning.data.frame_classes import load_classifier, outputs_of
@@ -63,17 +66,45 @@ def test_another_weight_is_another_fingerprint(weights):
     assert one.fingerprint() != other.fingerprint()
 
 
-def test_timm_by_a_file(tmp_path):
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_timm_by_a_file(tmp_path, name, ending):
     import timm
 
     torch.manual_seed(0)
-    model = timm.create_model("test_resnet", num_classes=5)
-    torch.save(model.state_dict(), tmp_path / "t.pt")
-    classifier = load_classifier(f"timm:test_resnet:{tmp_path / 't.pt'}")
+    model = timm.create_model(name, num_classes=5)
+    file = tmp_path / f"t.{ending}"
+    # safetensors orders the tensors by their names
+    (torch.save if ending == "pt" else save_file)(model.state_dict(), file)
+    classifier = load_classifier(f"timm:{name}:{file}")
+    assert all(
+        torch.equal(one, model.state_dict()[key]) for key, one in classifier.model.state_dict().items()
+    )
     shown = timm.data.resolve_model_data_config(model)
     assert classifier.outputs == 5
     assert classifier.sight.crop == shown["input_size"][-1]
     assert classifier.sight.mean == tuple(shown["mean"])
+
+
+def test_a_resnet_whose_tensors_are_in_another_order(tmp_path, weights):
+    state = torch.load(weights, weights_only=True)["state_dict"]
+    save_file(
+        {key.removeprefix("module."): value for key, value in state.items()}, tmp_path / "r.safetensors"
+    )
+    for source in ("{}", "torchvision:resnet18:{}"):
+        classifier = load_classifier(source.format(tmp_path / "r.safetensors"))
+        assert classifier.outputs == 12
+        assert classifier.fingerprint() == load_classifier(str(weights)).fingerprint()
+
+
+def test_a_network_without_classes_is_no_classifier(monkeypatch):
+    import timm
+
+    monkeypatch.setattr(
+        timm, "create_model", lambda name, pretrained: timm.models.create_model(name, num_classes=0)
+    )
+    with pytest.raises(UserError, match="timm:test_vit: has no last layer: it is no classifier"):
+        load_classifier("timm:test_vit")
 
 
 @pytest.mark.parametrize(
@@ -83,12 +114,30 @@ def test_timm_by_a_file(tmp_path):
         ("torchvision:resnat50", "torchvision has no such classifier"),
         ("torchvision:resnet50:IMAGENET1K_V9", "no file IMAGENET1K_V9; give a file, or one of IMAGENET1K_V1"),
         ("timm:nothing", "timm has no such model"),
+        ("timm:resnet50.nothing:none.pt", "timm has no such model"),
         ("timm:test_resnet:none.pt", "there is no file none.pt"),
     ],
 )
 def test_unknown_classifiers(source, message):
     with pytest.raises(UserError, match=message):
         load_classifier(source)
+
+
+@pytest.mark.parametrize(
+    "error", [URLError("no route"), RuntimeError("no central directory"), OSError("full\ndisk")]
+)
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_weights_that_cannot_be_fetched(monkeypatch, error, library):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr(models, "get_model", failing)
+    monkeypatch.setattr("timm.create_model", failing)
+    with pytest.raises(
+        UserError, match=f"{library}:resnet18: its weights cannot be fetched .*:FILE$"
+    ) as told:
+        load_classifier(f"{library}:resnet18")
+    assert "\n" not in str(told.value)
 
 
 def test_files_that_are_no_classifier(tmp_path, weights):
@@ -120,6 +169,14 @@ def test_which_output_is_whose():
     assert outputs_of(names, 1000) == list(range(1000))
 
 
+def test_in_a_larger_release_imagenets_classes_are_other_outputs():
+    from timm.data import ImageNetInfo
+
+    wnids = ImageNetInfo("imagenet-22k").label_names()
+    some = read_classes("imagenet")[:50]
+    assert outputs_of(some, 21841) == [wnids.index(one.wnid) for one in some]
+
+
 @pytest.mark.parametrize(
     ("classes", "outputs", "message"),
     [
@@ -128,6 +185,12 @@ def test_which_output_is_whose():
         ([named("a", index=1), named("b", index=1)], 5, "a and b are the same output of the classifier, 1"),
         ([named("unicorn")], 1000, "another label set: unicorn is no class of its imagenet-1k"),
         ([named("x", wnid="n00000000")], 1000, r"n00000000 \(x\) is no class"),
+        (read_classes("imagenet"), 1001, "it has 1001 outputs, --classes 1000 classes"),
+        (
+            [named("tabby", wnid="n02123045", index=281)],
+            21841,
+            "output 281 by --classes, but in its imagenet",
+        ),
         ([named("crane")], 1000, "crane may be any of the outputs 134, 517"),
     ],
 )

@@ -57,6 +57,24 @@ def test_shares_write_apart_and_read_together(tmp_path):
     assert first.get(two.path) == two
 
 
+def test_what_another_division_saw_of_an_older_file_hides_nothing(tmp_path):
+    folder, old = tmp_path / "looks", look(tmp_path / "a.mp4", {1: 1})
+    Looks(folder, "f" * 32, 9).add(old, Share())
+    new = look(tmp_path / "a.mp4", {2: 1}, content="longer")
+    looks = Looks(folder, "f" * 32, 9)
+    assert looks.get(new.path) is None
+    looks.add(new, Share(1, 2))
+    looks.read()
+    assert looks.get(new.path) == new
+    assert Looks(folder, "f" * 32, 9).get(new.path) == new
+
+
+def test_a_name_that_no_file_can_have_is_missing(tmp_path):
+    for name in ("a\0b.mp4", "\ud83d.mp4"):
+        found = Looks(tmp_path, "f" * 32, 9).get(f"{tmp_path}/{name}")
+        assert found.skip.reason == "missing"
+
+
 def test_what_may_pass_is_tried_again_but_counts_at_the_end_of_a_run(tmp_path):
     folder = tmp_path / "looks"
     looks = Looks(folder, "f" * 32, 9)

@@ -26,7 +26,7 @@ def opened(root, text):
     return ShotListSource(root)
 
 
-def test_a_shot_ends_before_the_next_one_begins(folder):
+def test_a_shot_ends_before_the_next_one_begins(folder, monkeypatch):
     source = opened(folder, "video,start,stop,score\na,0,0.4,1\na,0.4,1.0,1\ntrain/b.mp4,0.2,0.5,1\n")
     assert [(entry.id, entry.path.split("/")[-1]) for entry in source.entries] == [
         (0, "a.mp4"),
@@ -39,6 +39,8 @@ def test_a_shot_ends_before_the_next_one_begins(folder):
         frames.append([round(float(one.mean()) / 20) for one in pixels])
     assert frames == [[0, 3], [4, 9], [2, 4]]
     assert source.refused == ()
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert ShotListSource("~/shots").entries == source.entries
     assert source.video(source.entries[2]).path.endswith("train/b.mp4")
 
 

@@ -131,6 +131,14 @@ def test_kinetics_is_found_with_and_without_classes(tmp_path, holder):
         Kinetics400Source(tmp_path, "test")
 
 
+def test_the_users_own_folder_has_a_short_name_for_every_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    film(tmp_path / "set" / "train" / "a.mp4")
+    film(tmp_path / "set" / "videos" / "train" / "a.mov")
+    for source in (Kinetics400Source, BDD100KSource, FolderSource):
+        assert names(source("~/set"))
+
+
 @pytest.mark.parametrize("holder", ["", "kinetics700", "kinetics700_2020", "k700"])
 def test_kinetics_700_is_laid_out_as_400(tmp_path, holder):
     film(tmp_path / holder / "train" / "abseiling" / "a_000001_000011.mp4")

@@ -24,6 +24,9 @@ def test_all_forms_give_the_same_rows_with_their_lines(tmp_path):
         ("a.jsonl", "{\n", "line 1: is no JSON"),
         ("a.jsonl", '{"a": 1}\n', 'line 1: must be {"a": …, "b": …}'),
         ("a.csv", b"\xff", "is no table of text"),
+        ("a.tsv", 'a\tb\n1\t"open\n2\tx\n3\t"y" z\n', "line 2: is no row of a table"),
+        ("a.csv", 'a,b\n1,"open\n2,x\n', "line 2: is no row of a table"),
+        ("a.csv", "a,b\n1,x,\n1,x,y\n", "line 3: has more fields than columns"),
         ("a.csv", None, "cannot be read"),
     ],
 )

@@ -53,12 +53,14 @@ def test_its_videos_are_entries_that_can_be_read(listed, monkeypatch):
     assert pixels[0].mean() == pytest.approx(42, abs=2)
 
 
-def test_a_list_moves_with_its_videos(listed, tmp_path):
+def test_a_list_moves_with_its_videos(listed, tmp_path, monkeypatch):
     file, _ = listed
     moved = tmp_path / "moved"
     shutil.move(file.parent, moved)
     source = VideoNetSource(moved / "list.jsonl")
     assert source.entries[0].path == str(moved / "v" / "a.mp4")
+    monkeypatch.setenv("HOME", str(moved))
+    assert VideoNetSource("~/list.jsonl").entries == source.entries
     source.open(source.entries[0]).close()
 
 
