@@ -3,8 +3,8 @@
 ``python -m poodle_lightning.analysis.flops --input 512x1024`` prints the table. The rule that reproduces the
 paper's digits is fvcore's, with the network in train mode: one multiply-add counts 1; BatchNorm in train mode
 and LayerNorm 5 per element (4 without scale and shift); BatchNorm in eval mode 2 (1); bilinear upsampling 4
-per output element; adaptive pooling 1 per input element; everything else nothing. The classifier of the bare
-ResNet is included.
+per output element, nearest 1; adaptive pooling 1 per input element; everything else nothing. The classifier
+of the bare ResNet is included.
 
 What a training step costs a machine is another question: :func:`counted` counts the products alone
 (convolutions, matrix products, attention), forward and backward, of whatever runs.
@@ -127,6 +127,7 @@ _RULES: dict[Any, Rule] = {
     _ATEN.native_batch_norm: _batch_norm,
     _ATEN.native_layer_norm: lambda args, out: (5 if args[2] is not None else 4) * out.numel(),
     _ATEN.upsample_bilinear2d: lambda args, out: 4 * out.numel(),
+    _ATEN.upsample_nearest2d: lambda args, out: out.numel(),
     _ATEN._adaptive_avg_pool2d: lambda args, out: args[0].numel(),
     _ATEN.mean: _mean,
 }

@@ -18,8 +18,9 @@ one propagation for all, and is averaged over them. Which levels carry it is not
 pyramid, and PooDLe says only that there was one. All four is ours (``decoder.levels`` takes fewer).
 
 Deviations: the loss is the code's, twice the paper's (zdaxie/PixPro ``contrast/models/PixPro.py``). The copy
-moves behind each optimiser step (the code: before each forward pass). The optional loss on whole images is
-not here: the released setting has none. Crops are plain bilinear, of the training crop that the data brings.
+moves behind each optimiser step (the code: before each forward pass). The learning rate rises from 0 (the
+code: from a hundredth of its height). The optional loss on whole images is not here: the released setting has
+none. Crops are plain bilinear, of the training crop that the data brings.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ from poodle_lightning.nn.pixel_propagation import PixelPropagation
 from poodle_lightning.nn.pixpro_fpn import HeadedFPN
 from poodle_lightning.nn.resnet import ResNet
 from poodle_lightning.ops.geometry import Affine
-from poodle_lightning.types import Clip, Look, Losses
+from poodle_lightning.types import Clip, Look, Losses, UserError
 
 RECIPE = Recipe(
     optimizer="lars",
     lr=1.0,
+    min_lr=1e-6,
     weight_decay=1e-5,
     warmup_epochs=5.0,
     horizon_epochs=100.0,
@@ -109,7 +111,7 @@ class PixPro(Method):
 
     Raises:
         UserError: ``crops`` does not make two crops, or their side is no multiple of the encoder's patch, or
-            a level of the pyramid is no layer of the encoder.
+            a level of the pyramid is no layer of the encoder, or no pair of cells could be positive.
     """
 
     online: PixProNet
@@ -128,6 +130,8 @@ class PixPro(Method):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe or RECIPE)
+        if not threshold > 0:
+            raise UserError(f"PixPro: threshold={threshold} leaves no positive pair: set it above 0")
         encoder = encoder or ResNet(50)
         pyramid = None if decoder is None else HeadedFPN(encoder.channels, decoder.dims, decoder.levels)
         self.online = PixProNet(encoder, pyramid, hidden, out)

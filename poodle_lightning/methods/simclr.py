@@ -12,10 +12,11 @@ f; g                   ``self.online.encoder``; ``self.online.projector``
 τ                      ``temperature``
 =====================  ==============================================================
 
-Deviations: none in the loss. The projector ends in a BatchNorm, as in the code (google-research/simclr
-``model_util.py``, ``projection_head``; there that layer has no bias, as the linear layers have none before a
-BatchNorm here); ``last_norm=False`` is the paper's text. Crops are plain bilinear, of the training crop that
-the data brings.
+Deviations: the loss is the paper's, a mean over all rows (google-research/simclr ``objective.py`` adds the
+means of both views, which is twice as much: with LARS only biases and norms move differently). The projector
+ends in a BatchNorm, as in the code (``model_util.py``, ``projection_head``; there that layer has no bias, as
+the linear layers have none before a BatchNorm here); ``last_norm=False`` is the paper's text. Crops are plain
+bilinear, of the training crop that the data brings.
 """
 
 from __future__ import annotations

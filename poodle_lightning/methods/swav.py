@@ -87,9 +87,9 @@ class SwAV(Method):
         recipe: optimiser and schedules; None: the code's for batches of 256.
 
     Raises:
-        UserError: there is only one crop, or a crop's side is no multiple of the encoder's patch, or the
-            queue would be of use before anything is in it; at the start of a fit: it holds more embeddings
-            than an epoch brings.
+        UserError: there is only one crop, or a crop's side is no multiple of the encoder's patch, or a
+            number is too small, or the queue would be of use before anything is in it; at the start of a
+            fit: it holds more embeddings than an epoch brings.
     """
 
     online: SwAVNet
@@ -111,6 +111,11 @@ class SwAV(Method):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe or RECIPE)
+        if not (temperature > 0 and epsilon > 0) or min(prototypes, iterations) < 1 or queue < 0:
+            raise UserError(
+                f"SwAV: set temperature={temperature} and epsilon={epsilon} above 0, prototypes={prototypes} "
+                f"and iterations={iterations} to at least 1, queue={queue} to 0 or more"
+            )
         encoder = encoder or ResNet(50)
         self.online = SwAVNet(encoder, hidden, out, prototypes)
         self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations

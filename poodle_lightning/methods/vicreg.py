@@ -33,7 +33,8 @@ from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
-from poodle_lightning.types import Clip, Look, Losses
+from poodle_lightning.ops.distributed import world_size
+from poodle_lightning.types import Clip, Look, Losses, UserError
 
 RECIPE = Recipe(
     optimizer="lars",
@@ -84,7 +85,8 @@ class VICReg(Method):
         recipe: optimiser and schedules; None: the code's for 100 epochs.
 
     Raises:
-        UserError: ``crops`` does not make two crops, or their side is no multiple of the encoder's patch.
+        UserError: ``crops`` does not make two crops, or their side is no multiple of the encoder's patch; in
+            training: all processes together have one image, which has no variance.
     """
 
     online: VICRegNet
@@ -110,13 +112,24 @@ class VICReg(Method):
 
     def losses(self, clip: Clip) -> Losses:
         """The three terms (paper Eq. 6); each view is a batch of its own to BatchNorm, as in the code."""
+        if not _varies(clip):
+            raise UserError("VICReg needs two images or more in a batch: raise data.batch_size")
         first, second = (self.online.pooled(view) for view in self.crops(clip).large)
         return vicreg(first, second, *self.weights)
+
+    def validation_step(self, clip: Clip, batch_idx: int) -> Tensor:
+        """The same loss on held-out clips; an image that is left over alone, at the end, is not counted."""
+        return super().validation_step(clip, batch_idx) if _varies(clip) else torch.zeros(())
 
     @torch.no_grad()
     def look(self, clip: Clip) -> Look:
         """The two views of each clip's first frame, as training draws them."""
         return Look(clip.unit(), large=first_frames(self.crops(clip).large, clip.frames.shape[1]))
+
+
+def _varies(clip: Clip) -> bool:
+    """Whether all processes together have two images or more; they have equally many."""
+    return clip.times.numel() * world_size() > 1
 
 
 def byol_crops() -> MultiCrop:

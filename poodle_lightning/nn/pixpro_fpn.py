@@ -1,7 +1,8 @@
 """The feature pyramid with a head that PixPro pretrains along with the encoder (Xie et al., CVPR 2021).
 
-PooDLe's appendix I has it as "ResNet-50 + FPN decoder", 124.4 GFLOPs at 512x1024; the structure here is the
-one whose count comes to that (``poodle_lightning.analysis.flops``).
+PooDLe's appendix I has it as "ResNet-50 + FPN decoder", 124.4 GFLOPs at 512x1024, and the public code has no
+pyramid. The structure here is one whose count comes to that (``poodle_lightning.analysis.flops``: 124.44);
+another could.
 """
 
 from __future__ import annotations

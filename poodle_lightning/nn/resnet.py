@@ -46,7 +46,8 @@ class ResNet(Encoder):
             computes their inside again: a third more multiply-adds, the same results, a fraction of the
             memory (``benchmarks/saved_bytes.py``). (``TimmEncoder`` has no such switch.)
         zero_init_residual: the last BatchNorm of each block starts at scale 0, so that a block begins as its
-            shortcut (Goyal et al., 2017; the codes of SimCLR, BYOL and VICReg). Only without ``weights``.
+            shortcut (Goyal et al., 2017; the codes of SimCLR, BYOL, VICReg and PixPro). Only without
+            ``weights``.
 
     Raises:
         UserError: a value that is not offered, or weights that do not exist or do not fit.

@@ -75,6 +75,8 @@ def test_equal_to_fvcore(make, train):
         (nn.LayerNorm(6, elementwise_affine=False), (2, 5, 6)),
         (nn.Linear(6, 7, bias=False), (2, 5, 6)),
         (nn.AdaptiveAvgPool2d(2), (2, 3, 8, 8)),
+        (nn.Upsample(scale_factor=2), (2, 3, 4, 4)),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), (2, 3, 4, 4)),
     ],
 )
 def test_single_operations_equal_fvcore(module, shape, train):

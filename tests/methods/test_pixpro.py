@@ -113,7 +113,8 @@ def test_the_defaults_are_the_papers():
     assert method.online.decoder.levels == ["layer1", "layer2", "layer3", "layer4"]
     assert method.online.projector[0].weight.shape == (4096, 256, 1, 1)
     assert (method.threshold, method.propagation.gamma) == (0.7, 2.0)
-    assert (method.recipe.lr, method.recipe.ema_start, method.recipe.ema_end) == (1.0, 0.99, 1.0)
+    assert (method.recipe.lr, method.recipe.min_lr, method.recipe.weight_decay) == (1.0, 1e-6, 1e-5)
+    assert (method.recipe.ema_start, method.recipe.ema_end) == (0.99, 1.0)
     crop = method.crops.large
     assert (crop.size, crop.area, crop.flip) == ((224, 224), (0.08, 1.0), 0.5)
 
@@ -141,3 +142,5 @@ def test_crops_that_do_not_fit_are_refused():
         tiny(crops=tiny_crops())
     with pytest.raises(UserError, match=r"levels=\['layer9'\] must be among"):
         tiny(["layer9"])
+    with pytest.raises(UserError, match=r"threshold=0 leaves no positive pair"):
+        tiny(threshold=0)

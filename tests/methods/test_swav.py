@@ -167,3 +167,8 @@ def test_what_does_not_fit_is_refused():
         tiny(crops=MultiCrop(crop, locals=0, views=1))
     with pytest.raises(UserError, match=r"model\.queue_epoch: set it to 1"):
         tiny(queue_epoch=0)
+    for wrong in ("temperature", "epsilon", "prototypes", "iterations"):
+        with pytest.raises(UserError, match=rf"SwAV: set .*{wrong}=0"):
+            tiny(**{wrong: 0})
+    with pytest.raises(UserError, match=r"queue=-1 to 0 or more"):
+        tiny(queue=-1)

@@ -116,6 +116,20 @@ def test_look_shows_both_views_of_the_first_frames():
     assert torch.equal(large[1, 0], method.crops(clip).large[0, 3])
 
 
+def test_an_image_left_over_alone_in_validation_is_not_counted():
+    method, logged = tiny(), []
+    method.log_dict = lambda logs, **kwargs: logged.append(logs)
+    assert float(method.validation_step(make_clip(batch=1, frames=1), 0)) == 0.0
+    assert logged == []
+    method.validation_step(make_clip(batch=2, frames=1), 0)
+    assert set(logged[0]) == {f"val/loss{term}" for term in ("", "_invariance", "_variance", "_covariance")}
+
+
+def test_a_batch_of_one_image_is_refused():
+    with pytest.raises(UserError, match=r"VICReg needs two images or more .* data\.batch_size"):
+        tiny().train().losses(make_clip(batch=1, frames=1))
+
+
 def test_crops_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"VICReg compares two crops .* crops\.locals=0, not 2 and 2"):
         tiny(crops=tiny_crops())
