@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 import poodle_lightning
 from poodle_lightning.callbacks.checkpoints import write_atomically
@@ -103,6 +104,13 @@ class Record(L.Callback):
             "precision": str(trainer.precision),
         }
         self._write(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Without training, too, the epoch is that of the weights: temperatures and queues follow it."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            trainer.fit_loop.epoch_progress.current.completed = checkpoint["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Adds the sizes of the data; drops metrics of an attempt that went further than its checkpoint."""
