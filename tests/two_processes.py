@@ -26,6 +26,7 @@ from poodle_lightning import (
     FlowE,
     MoCLR,
     MoCo,
+    PiCo,
     PixPro,
     PooDLe,
     SimCLR,
@@ -36,12 +37,14 @@ from poodle_lightning.augment.geometric import ResizedCrop
 from poodle_lightning.augment.multicrop import MultiCrop
 from poodle_lightning.flow.given import Given
 from poodle_lightning.methods.mae import DecoderSizes
+from poodle_lightning.nn.fpn import SemanticFPN
 from poodle_lightning.ops.crops import SubcropRecipe
 
 NAMES = ["PooDLe", "FlowE", "BYOL", "DINO", "IBOT", "AttMask", "DoRA", "MAE"]
 CONTRASTIVE = {
     "MoCo": MoCo,
     "DenseCL": DenseCL,
+    "PiCo": PiCo,
     "SimCLR": SimCLR,
     "SwAV": SwAV,
     "VICReg": VICReg,
@@ -82,6 +85,10 @@ def make(name: str, **settings) -> L.LightningModule:
 
 def contrastive(name: str, **heads) -> L.LightningModule:
     pair = MultiCrop(ResizedCrop((64, 64), (0.4, 1.0), fit="redraw"), locals=0, clip_wide=False)
+    if name == "PiCo":
+        encoder = tiny_encoder()
+        decoder = SemanticFPN(encoder.channels, dims=32, pyramid=16)
+        return PiCo(encoder, decoder, crops=pair, queue=64, **heads)
     if name == "SwAV":
         more = {"prototypes": 8, "queue": 0, "freeze_steps": 0, "crops": tiny_crops(clip_wide=False)}
     else:

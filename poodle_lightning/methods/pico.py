@@ -218,6 +218,13 @@ class PiCo(Method):
         check_queue(self.trainer, len(self.queue.rows), points * others)
 
     @torch.no_grad()
+    def embed(self, images: Tensor) -> dict[str, Tensor]:
+        """Encoder vectors, which stay, and what learns: projections at every cell of the map."""
+        seen = self.online.encoder(images)
+        projected = self.online.projector(self.online.decoder(seen).last).float()
+        return {"encoder": seen.vector.float(), "pixels": projected.permute(0, 2, 3, 1).flatten(0, 2)}
+
+    @torch.no_grad()
     def look(self, clip: Clip) -> Look:
         """The points of a batch, and the query's and the last frame's view."""
         crops, count = self.crops(clip), clip.frames.shape[1]

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from poodle_lightning.ops.distributed import gather
 from poodle_lightning.ops.geometry import island
 from poodle_lightning.ops.random import key_of, normal
+from poodle_lightning.types import UserError
 
 
 class Queue(nn.Module):
@@ -31,7 +32,7 @@ class Queue(nn.Module):
         place: ``()`` int64, where the next key goes; in the state dict.
 
     Raises:
-        ValueError: ``size`` or ``dims`` is below 1.
+        UserError: ``size`` or ``dims`` is below 1.
     """
 
     rows: Tensor
@@ -40,7 +41,10 @@ class Queue(nn.Module):
     def __init__(self, dims: int, size: int = 65_536, seed: int = 0) -> None:
         super().__init__()
         if size < 1 or dims < 1:
-            raise ValueError(f"a queue needs size >= 1 and dims >= 1, not {size} and {dims}")
+            raise UserError(
+                f"a queue needs at least one key of at least one number, not {size} of {dims}: set "
+                "model.queue and model.out to 1 or more"
+            )
         with torch.device("cpu"):  # draws are the host's, whatever the device on which the module is made
             first = normal(key_of(seed, "queue"), size * dims).view(size, dims)
         self.register_buffer("rows", normalize(first, dim=1))

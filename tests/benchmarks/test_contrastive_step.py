@@ -27,3 +27,11 @@ def test_the_difference_sees_another_temperature(name):
 
     forms = {"package": lambda: next(iter(method.losses(clip).values())), "other": other}
     assert contrastive_step.difference(method, forms) > 1e-2
+
+
+@pytest.mark.parametrize("apart", [1e-2, float("nan")])
+def test_forms_that_differ_are_not_timed(apart, tmp_path, monkeypatch):
+    monkeypatch.setattr(contrastive_step, "difference", lambda method, forms: apart)
+    with pytest.raises(SystemExit, match="PiCo: loss and gradients of the two forms differ by"):
+        contrastive_step.main([*SMALL, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@ import math
 
 import pytest
 import torch
+from lightly.loss import NTXentLoss
+from lightly.models.utils import select_most_similar
 from tiny_models import make_clip, tiny_encoder, tiny_recipe, tiny_vit
 from torch import nn
 
@@ -79,6 +81,23 @@ def test_loss_gradients_and_queues_equal_loops(weight):
             torch.testing.assert_close(getattr(method, name).rows, getattr(twin, name).rows)
     for (name, one), other in zip(method.online.named_parameters(), twin.online.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+def test_both_losses_equal_lightlys():
+    """Its matching and its loss with a memory bank, of the same projections."""
+    method, clip = tiny(), make_clip()
+    found = {name: float(term.detach()) for name, term in tiny().losses(clip).items()}
+    with torch.no_grad():
+        q, k = (
+            net(x) for net, x in zip((method.online, method.target.module), method.views(clip), strict=True)
+        )
+    cells = [x.flatten(2).transpose(1, 2) for x in (q.features, k.features, q.grid, k.grid)]
+    positives = select_most_similar(cells[0], cells[1], cells[3])
+    pairs = {"global": (q.vector, k.vector), "dense": (cells[2].flatten(0, 1), positives.flatten(0, 1))}
+    for (name, both), queue in zip(pairs.items(), (method.queue, method.dense_queue), strict=True):
+        theirs = NTXentLoss(temperature=0.2, memory_bank_size=(10, 8))
+        theirs.memory_bank.bank = queue.rows.clone()
+        assert found[name] == pytest.approx(0.5 * float(theirs(*both)), rel=1e-9)
 
 
 def test_gradients_reach_everything_online_and_nothing_else():

@@ -302,6 +302,21 @@ def test_wrong_settings_are_refused():
         tiny(places=0)
 
 
+def test_health_is_judged_by_what_learns_too():
+    """The encoder is frozen: a collapse of the decoder or the projector shows in the pixels alone."""
+    method, images = tiny(), torch.rand(2, 3, 32, 48, dtype=torch.float64)
+    healthy = method.embed(images)
+    assert healthy["pixels"].shape == (2 * 8 * 12, 8)
+    place = torch.tensor([2 * 5.5 / 12 - 1, 2 * 3.5 / 8 - 1])  # the cell in row 3 and column 5
+    wanted = pixel(method.online, images[1], place, "nearest")
+    torch.testing.assert_close(healthy["pixels"][8 * 12 + 3 * 12 + 5], wanted.float())
+    with torch.no_grad():
+        method.online.projector[-1].weight.zero_()
+    collapsed = method.embed(images)
+    assert torch.equal(collapsed["encoder"], healthy["encoder"])
+    assert collapsed["pixels"].std(dim=0).max() < 1e-6 < healthy["pixels"].std(dim=0).min()
+
+
 def test_look_shows_points_and_both_views():
     method, clip = tiny(), tracked(frames=3)
     look = method.look(clip)

@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from poodle_lightning.losses.contrastive import info_nce
 from poodle_lightning.nn.queue import Queue
+from poodle_lightning.types import UserError
 
 
 def keys(count, seed=1):
@@ -117,6 +118,8 @@ def test_half_precision_and_no_reads():
     torch.testing.assert_close(queue.rows[:5], normalize(batch.float(), dim=1))
 
 
-def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match="size >= 1 and dims >= 1, not 0 and 4"):
-        Queue(4, 0)
+@pytest.mark.parametrize(("dims", "size"), [(4, 0), (0, 4)])
+def test_no_rows_are_refused_in_one_line(dims, size):
+    with pytest.raises(UserError, match=rf"not {size} of {dims}: set model\.queue and model\.out") as error:
+        Queue(dims, size)
+    assert "\n" not in str(error.value)
