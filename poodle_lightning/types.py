@@ -336,7 +336,7 @@ class Look:
         boxes: online and target subcrop boxes, 2N·K rows (row ``i·K + k``).
         crops: the crops themselves, ``(2N·K, 3, h, w)`` each.
         same: ``(2N·K,)`` bool, pairs whose two boxes lie in the same frame.
-        large: ``(N, V, 3, h, w)`` global crops of the first frame, as the networks see them.
+        large: ``(N, V, 3, h, w)`` large crops as the networks see them, of the first frame or of any.
         small: ``(N, L, 3, h, w)`` local crops of the first frame.
         hidden: ``(N, V, h, w)`` bool, patches of the global crops that are masked.
         restored: ``(N, V, 3, h, w)`` the global crops with their masked patches as predicted.

@@ -160,9 +160,9 @@ class WindowSampler:
         seconds: length of the window. (VITO: 2.56)
         law: how the frames lie in the window. "uniform": each at a uniform time, independent of the others
             (VITO's marginal sampling; the most frequent distance of two is 0). "chunks": one at a uniform
-            time of each of as many equal parts (Xu & Wang, 2021). "gap": at equal distances, from one end of
-            the window to the other (Gordon et al., 2020, have a fixed distance; that it is
-            ``seconds / (frames − 1)`` is ours).
+            time of each of as many equal parts (Xu & Wang, 2021; the figure calls this "Uniform"). "gap": at
+            equal distances, from one end of the window to the other (Gordon et al., 2020, have a fixed
+            distance; that it is ``seconds / (frames − 1)`` is ours).
     """
 
     frames: int

@@ -12,7 +12,11 @@ q_θ                    ``self.predictor``
 L + L̃                  both frames (or views) take both parts
 =====================  ==============================================================
 
-Deviations: none in the loss. Crops are plain bilinear (the original resizes bicubically).
+Deviations: none in the loss. Crops are plain bilinear (the original resizes bicubically); what does not fit
+of them is cut, as in google-deepmind/deepmind-research ``byol/utils/dataset.py``. Colours are jittered as
+torchvision does: brightness is a factor (the original adds an offset), contrast turns about the mean grey
+(about each channel's mean), saturation about a pixel's grey (in HSV). The last layer of a head has a bias
+(none in the original).
 """
 
 from __future__ import annotations
@@ -54,7 +58,8 @@ class BYOL(Method):
     """BYOL.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``. (Original: Haiku's ``BlockV1``, which starts
+            so where it is a bottleneck)
         frames: "pair" takes the two views from the two frames; "frame" both from each single frame.
         hidden: width of the projector's and predictor's hidden layer. (Paper: 4096)
         out: width of the projection. (Paper: 256)
@@ -79,7 +84,7 @@ class BYOL(Method):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe)
-        self.online = BYOLNet(encoder or ResNet(50), hidden, out)
+        self.online = BYOLNet(encoder or ResNet(50, zero_init_residual=True), hidden, out)
         self.target = EMA(self.online)
         self.predictor = MLP(out, hidden, out)
         self.frames = frames

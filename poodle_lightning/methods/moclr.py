@@ -14,10 +14,12 @@ L = Σ_{i≠j} L^ij, τ    ``across_views``, ``temperature``
 {z^n}                  ``negatives``
 =====================  ==============================================================
 
-Deviations: crops are plain bilinear (the original resizes bicubically). Not told in the paper and so ours:
-the sizes of the projector and the target's momentum are BYOL's, whose optimisation the paper adopts;
-negatives are all views of the other clips; which frame becomes which view is drawn for every clip, because
-the frames of a clip come in the order of time. Each view is a batch of its own to BatchNorm, as in BYOL.
+Deviations: crops are plain bilinear (the original resizes bicubically); colours and heads are those of
+:mod:`poodle_lightning.methods.byol`, with its deviations. Not told in the paper and so ours: as in BYOL's
+code, what does not fit of a crop is cut, and residual blocks begin as their shortcuts; the sizes of the
+projector and the target's momentum are BYOL's, whose optimisation the paper adopts; negatives are all views
+of the other clips; which frame becomes which view is drawn for every clip, because the frames of a clip come
+in the order of time. Each view is a batch of its own to BatchNorm, as in BYOL.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from poodle_lightning.nn.heads import MLP
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.optim import Recipe
 from poodle_lightning.nn.resnet import ResNet
-from poodle_lightning.ops.distributed import gather, rank
+from poodle_lightning.ops.distributed import gather, rank, world_size
 from poodle_lightning.ops.geometry import Affine, pull_boxes
 from poodle_lightning.ops.random import fold, permutation
 from poodle_lightning.types import Clip, Look, Losses, UserError
@@ -73,14 +75,16 @@ class MoCLR(Method):
     """MoCLR.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``.
         views: of each clip. Clips have one frame, of which all views are made, or a frame for each view.
             (Paper: 2 or 3)
         hidden: width of the projector's hidden layer. (BYOL: 4096)
         out: length of the projection. (BYOL: 256)
         temperature: τ. (Paper: 0.1)
         negatives: "all" views of the other clips, or only that view of theirs in which the "partner" is.
-        crop: of every view. (Paper: 224 px, area 0.4–1 for video, 0.08–1 for ImageNet)
+        crop: of every view. (Paper: 224 px, area 0.4–1 for video, 0.08–1 for ImageNet; BYOL's code cuts a
+            crop to the frame. If it were drawn again, none would have more than 0.75 of a 16:9 frame, and
+            with areas from 0.6 on half of all would be the one crop in the middle.)
         colour_a: recipe of the first and the third view. (Paper A_1: jitter .4 .4 .2 .1, blur always)
         colour_b: recipe of the second view. (Paper A_2: blur 0.1, solarise 0.2)
         recipe: optimiser and schedules; None: the paper's for 300 epochs.
@@ -110,11 +114,11 @@ class MoCLR(Method):
                 f"{type(self).__name__} compares views of a clip: set model.views=2 or 3, not {views}"
             )
         super().__init__(recipe or RECIPE)
-        self._build(MoCLRNet(encoder or ResNet(50), hidden, out))
+        self._build(MoCLRNet(encoder or ResNet(50, zero_init_residual=True), hidden, out))
         self.count = views
         self.temperature = temperature
         self.negatives: Literal["all", "partner"] = negatives
-        self.crop = crop or ResizedCrop((224, 224), (0.4, 1.0), fit="redraw")
+        self.crop = crop or ResizedCrop((224, 224), (0.4, 1.0))
         self.colour_a = colour_a or Colour(0.4, 0.4, 0.2, 0.1, blur=1.0)
         self.colour_b = colour_b or Colour(0.4, 0.4, 0.2, 0.1, blur=0.1, solarize=0.2)
 
@@ -127,7 +131,16 @@ class MoCLR(Method):
                 layer.drop_prob = 0.0
 
     def losses(self, clip: Clip) -> Losses:
-        """The contrast of every view with every other (paper Eq. 1), summed over ordered pairs."""
+        """The contrast of every view with every other (paper Eq. 1), summed over ordered pairs.
+
+        Raises:
+            UserError: a training batch has one clip in all processes; or see :meth:`views`.
+        """
+        if self.training and len(clip) * world_size() < 2:
+            raise UserError(
+                f"{type(self).__name__} compares a clip with the others of its batch: set data.batch_size to "
+                "2 or more"
+            )
         views = self.views(clip)
         z = torch.stack([self.online.pooled(view) for view in views])
         with torch.no_grad():

@@ -84,7 +84,7 @@ class VITO(MoCLR):
     """VITO.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``.
         views: of each clip; see :class:`MoCLR`. (Paper: 3)
         scales: layers whose maps are pooled, the deepest among them. (Paper: the last two of a ResNet)
         attention: pools by attention; without, each map's mean is taken.
@@ -123,7 +123,7 @@ class VITO(MoCLR):
         colour_b: Colour | None = None,
         recipe: Recipe | None = None,
     ) -> None:
-        encoder = encoder or ResNet(50)
+        encoder = encoder or ResNet(50, zero_init_residual=True)
         _check_scales(scales, encoder)
         super().__init__(
             encoder, views, hidden, out, temperature, negatives, crop, colour_a, colour_b, recipe

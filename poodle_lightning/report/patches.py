@@ -37,19 +37,19 @@ def _limited(body: str, across: int) -> str:
 
 
 def crops(look: Look | None) -> Section | None:
-    """Global and local crops of the first frame."""
+    """Global and local crops; without local ones, the crops may be of other frames than the first (MoCLR)."""
     if look is None or look.large is None:
         return None
-    body = ""
+    body, kind = "", "crops" if look.small is None else "global crops"
     for i, large in enumerate(look.large):
         across = max(len(large), 2)
-        body += _limited(strip(list(fit(large, _CELL)), f"clip {i + 1}, global crops"), across)
+        body += _limited(strip(list(fit(large, _CELL)), f"clip {i + 1}, {kind}"), across)
         if look.small is not None:
             small = look.small[i]
             body += _limited(strip(list(fit(small, 112)), "local crops"), len(small))
     sentence = "Crops of the first frame, as the networks get them: large ones, and small ones at their size."
     if look.small is None:
-        sentence = "Crops of the first frame, as the networks get them."
+        sentence = "Crops of each clip, as the networks get them."
     return Section("Crops", sentence, body)
 
 

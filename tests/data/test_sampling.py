@@ -8,6 +8,8 @@ import torch
 from scipy.stats import kstest
 
 from poodle_lightning.data.sampling import ClipSampler, PairSampler, TooShort, WindowSampler, split_long
+from poodle_lightning.data.streets import StreetSet
+from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.ops.random import key_of
 from poodle_lightning.types import UserError
 
@@ -88,6 +90,20 @@ def test_several_pairs_share_a_stretch():
     assert gaps.max() <= 1.0 + 1e-9
     assert gaps.std(axis=1).min() > 0.001
     assert sampler.span == pytest.approx(1.375)
+
+
+@pytest.mark.parametrize("law", ["uniform", "gap", "chunks"])
+def test_a_window_longer_than_every_video_is_refused_in_one_line(law):
+    data = VideoDataModule(
+        source="synthetic",
+        synthetic=StreetSet(videos=3, seconds=2.5),
+        sampler=WindowSampler(3, 2.56, law),
+    )
+    with pytest.raises(
+        UserError, match=r"none of 3 videos lasts the 2\.56 s .* smaller gap or window"
+    ) as caught:
+        data.setup("fit")
+    assert "\n" not in str(caught.value)
 
 
 def test_clip_steps():

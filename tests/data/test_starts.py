@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -97,10 +96,10 @@ def test_a_million_starts_are_one_number():
     starts = StartTimes([stretch(0.0, 6600.0, n) for n in range(12)], 1 / 60, 7.0)
     assert len(starts) > 4_000_000
     assert len(pickle.dumps(starts)) < 5_000
-    before = time.process_time()
+    each = len(starts) // 12
     for number in range(0, len(starts), 4001):
-        starts[number]
-    assert time.process_time() - before < 1.0
+        assert starts[number].path == starts.stretches[number // each].path
+        assert starts[number].start == pytest.approx(number % each / 60, abs=1e-6)
     data = ClipDataset(None, starts, Order(1, 1, 1), ClipSampler(8, 1.0), WindowRule((8, 8)))
     assert data._readers.most == 12
 

@@ -44,3 +44,13 @@ def test_gradients_reach_everything_online_and_nothing_of_the_target():
     method.losses(make_clip())["pooled"].backward()
     assert [n for n, p in method.named_parameters() if p.requires_grad and p.grad is None] == []
     assert all(p.grad is None for p in method.target.parameters())
+
+
+def test_residual_blocks_begin_as_their_shortcuts():
+    """Haiku's ``BlockV1``: ``scale_init=jnp.zeros`` of a bottleneck's last BatchNorm."""
+    encoder = BYOL().online.encoder
+    blocks = [block for stage in range(1, 5) for block in getattr(encoder, f"layer{stage}")]
+    assert len(blocks) == 16
+    for block in blocks:
+        assert not block.bn3.weight.any()
+        assert block.bn2.weight.all()

@@ -1,8 +1,10 @@
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from side_by_side import in_two
 from tiny_models import make_clip, tiny_encoder, tiny_recipe, tiny_vit
 
@@ -110,6 +112,21 @@ def test_published_numbers():
     assert (method.recipe.optimizer, method.recipe.scaled_lr(4096)) == ("lars", pytest.approx(4.8))
 
 
+def test_crops_of_wide_frames_are_cut_to_them():
+    """The law of BYOL's code (``_decode_and_random_crop``): area and ratio once, sides cut to the frame's."""
+    crop, count, (height, width) = MoCLR(tiny_encoder()).crop, 4000, (900, 1600)
+    keys = fold(torch.arange(count), "crop")
+    boxes = crop.draw(keys, (32, 42), torch.full((count,), width / height)).matrix.numpy()
+    draws = np.random.default_rng(0)
+    area = draws.uniform(0.4, 1.0, count) * height * width
+    ratio = np.exp(draws.uniform(np.log(3 / 4), np.log(4 / 3), count))
+    w, h = np.minimum(np.sqrt(area * ratio), width), np.minimum(np.sqrt(area / ratio), height)
+    left = draws.uniform(0.0, 1.0, count) * (width - w)
+    found = np.abs(boxes[:, 0, 0]), boxes[:, 1, 1], (boxes[:, 0, 2] - np.abs(boxes[:, 0, 0]) + 1) / 2
+    for ours, theirs in zip(found, (w / width, h / height, left / width), strict=True):
+        assert ks_2samp(ours, theirs).pvalue > 1e-3
+
+
 def test_two_processes_equal_one():
     """BatchNorm frozen: negatives of both."""
     clip, start = make_clip(batch=4), tiny()
@@ -147,3 +164,11 @@ def test_frames_and_views_that_do_not_fit_are_refused():
         tiny().losses(make_clip(frames=3))
     with pytest.raises(UserError, match=r"set model\.views=2 or 3, not 1"):
         tiny(views=1)
+
+
+def test_a_batch_of_one_clip_is_refused_in_training_only():
+    """A held-out batch may be the rest of others."""
+    method, clip = tiny(), make_clip(batch=1)
+    assert method.losses(clip)["contrast"] == 0
+    with pytest.raises(UserError, match=r"the others of its batch: set data\.batch_size to 2 or more$"):
+        method.train().losses(clip)

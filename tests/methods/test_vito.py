@@ -70,6 +70,7 @@ def test_published_sizes():
     ]
     assert method.online.projector[0].weight.shape == (4096, 3072)
     assert (method.count, method.crop.area) == (3, (0.4, 1.0))
+    assert not any(block.bn3.weight.any() for block in method.online.encoder.layer4)
 
 
 def test_swin_is_trained_whole():
