@@ -102,11 +102,11 @@ class _Images(Dataset[_Item]):
         key = key_of(self.seed, epoch, number, item // len(self.source.images))
         image = self.source.read(number)
         size = (image.shape[0], image.shape[1])
-        boxes, labels, masks = np.zeros((0, 4)), np.zeros(0, np.int64), None
+        boxes, labels, masks = np.zeros((0, 4), np.float32), np.zeros(0, np.int64), None
         if isinstance(self.view, DetectionTrainView):
             placed = self.view.place(size, key)
             boxes, labels, drawn = self.source.truth(number, self.masks)
-            boxes = placed.boxes(boxes, size)
+            boxes = placed.boxes(boxes, size).astype(np.float32)  # what is left of a box once it is rounded
             kept = np.asarray((boxes[:, 2:] - boxes[:, :2] > LEAST).all(axis=1))
             boxes, labels = boxes[kept], labels[kept]
             if self.masks:
@@ -123,7 +123,7 @@ def collate(items: Sequence[_Item]) -> DetectionBatch:
     masks = [torch.from_numpy(np.ascontiguousarray(i.masks)) for i in items if i.masks is not None]
     return DetectionBatch(
         images=tuple(torch.from_numpy(np.ascontiguousarray(i.image.transpose(2, 0, 1))) for i in items),
-        boxes=tuple(torch.from_numpy(i.boxes.astype(np.float32)) for i in items),
+        boxes=tuple(torch.from_numpy(i.boxes) for i in items),
         labels=tuple(torch.from_numpy(i.labels) for i in items),
         masks=tuple(masks) if len(masks) == len(items) else None,
         sizes=tuple(i.size for i in items),
@@ -196,7 +196,8 @@ class DetectionDataModule(SharedDataModule):
             UserError: see ``CocoObjects``; or the splits have other classes.
         """
         if split not in self._sources:
-            found = CocoObjects(self.root, self.source_name, split)
+            masks = self.masks and split == "train"
+            found = CocoObjects(self.root, self.source_name, split, masks)
             for other in self._sources.values():
                 if list(other.numbers) != list(found.numbers):
                     raise UserError(f"{found.path}: has other classes than {other.path.name}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 from zlib import crc32
 
 import torch
@@ -201,13 +201,9 @@ class ActionFineTune(Evaluation):
         trained = [parameter for parameter in parts if parameter.requires_grad]
         return Adam(trained, lr=self.recipe.lr, weight_decay=self.recipe.weight_decay)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One step at the rate of the epoch."""
-        for group in optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.current_epoch)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+    def rate(self) -> float:
+        """The rate of the epoch."""
+        return self.recipe.rate(self.current_epoch)
 
     # ---- scoring
     def on_validation_epoch_start(self) -> None:

@@ -1,18 +1,22 @@
-"""What every evaluation shares: the encoder that is measured, the classes of the data, the scores."""
+"""What every evaluation shares: the encoder that is measured, classes, learning rate, devices, scores."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import lightning as L
+from torch import Tensor
 
 from poodle_lightning import __version__
 from poodle_lightning.configured import Configured, spec
 from poodle_lightning.hub import FORMAT, dilate, load_encoder, rebuild
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
+from poodle_lightning.nn.head_optim import HeadRecipe
+from poodle_lightning.nn.optim import Schedule
 from poodle_lightning.types import ClassSet, UserError
 
 
@@ -44,7 +48,7 @@ class Evaluation(L.LightningModule, Configured):
     """Base of all evaluations: measures one encoder on one labelled data set.
 
     Subclasses write ``validation_step`` and :meth:`scores`; where they train something, also
-    ``training_step`` and ``configure_optimizers``, with ``trains = True``.
+    ``training_step``, ``configure_optimizers`` and perhaps :meth:`rate`, with ``trains = True``.
 
     Args:
         encoder: what ``hub.load_encoder`` takes, or an encoder; None only where nothing is run.
@@ -141,6 +145,28 @@ class Evaluation(L.LightningModule, Configured):
             )
         self.class_set = classes
 
+    # ---- training
+    def rate(self) -> float | None:
+        """The learning rate of the next optimiser step; None: the optimiser's own."""
+        return None
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """One step at :meth:`rate`, times the group's own factor ``lr_scale``."""
+        rate = self.rate()
+        if rate is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
+    def over_devices(self, value: Tensor, how: str) -> Tensor:
+        """``mean`` or ``sum`` of a value over all devices, perhaps in place; without a trainer, itself."""
+        if self._trainer is None:
+            return value
+        reduced: Tensor = self.trainer.strategy.reduce(value, reduce_op=how)
+        return reduced
+
     # ---- what is kept
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the evaluation and its encoder, as plain data."""
@@ -181,6 +207,44 @@ class Evaluation(L.LightningModule, Configured):
             raise UserError(f"{checkpoint_path} holds a {type(made).__name__}, not a {cls.__name__}")
         made.load_state_dict(weights)
         return made
+
+
+class Scheduled(Evaluation):
+    """An evaluation whose rate is that of a ``HeadRecipe``; a run that goes on keeps its first horizon.
+
+    Attributes:
+        recipe: how it is optimised.
+        schedule: once training has begun, or a checkpoint has brought it.
+    """
+
+    trains: ClassVar[bool] = True
+    recipe: HeadRecipe
+    schedule: Schedule | None = None
+
+    def plan(self) -> None:
+        """Makes the schedule, unless a checkpoint has brought one."""
+        planned = self.recipe.schedule(self.trainer.max_steps)
+        if self.schedule not in (None, planned):
+            warnings.warn(f"going on along the checkpoint's {self.schedule}, not {planned}", stacklevel=3)
+        self.schedule = self.schedule or planned
+
+    def rate(self) -> float:
+        """See ``Evaluation``."""
+        assert self.schedule is not None
+        return self.schedule.lr(self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See ``Evaluation``; the schedule too."""
+        super().on_save_checkpoint(checkpoint)
+        state = None if self.schedule is None else self.schedule.state_dict()
+        checkpoint["poodle_lightning"]["schedule"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See ``Evaluation``; takes the schedule of the run, whose horizon was fixed when it began."""
+        super().on_load_checkpoint(checkpoint)
+        schedule = checkpoint.get("poodle_lightning", {}).get("schedule")
+        if schedule is not None:
+            self.schedule = Schedule.from_state(schedule)
 
 
 def _class_set(classes: int | Sequence[str] | ClassSet) -> ClassSet:

@@ -94,7 +94,7 @@ class DepthReadout(Segmentation):
         valid = batch.depth > 0
         total = torch.where(valid, pixel_loss(depth.float(), batch.depth, self.loss), 0.0).sum()
         # gradients are averaged over devices, so the mean count there makes it the mean over all pixels
-        loss = total / self._over_devices(valid.sum().float(), "mean").clamp(min=1e-6)
+        loss = total / self.over_devices(valid.sum().float(), "mean").clamp(min=1e-6)
         self.log("train/loss", loss.detach(), batch_size=len(batch))
         return loss
 

@@ -8,10 +8,12 @@ does not list. Where torchvision differs from detectron2:
 regions               sampled at 2×2 points per bin; detectron2 takes as many as the region is large
 proposals             1,000 in training are kept per image, as detectron2's; it keeps them per batch
 box loss              smooth L1 with β 1/9, of proposals and heads; detectron2: L1
+means of losses       over what is sampled on all devices; detectron2: on each device
 FCOS levels           P3 to P7, GroupNorm in the heads, GIoU, centre sampling 1.5: torchvision's numbers
 ====================  ========================================================================================
 
-Batches are padded after normalisation, with 0. The heads and losses are float32 under any autocast.
+Batches are padded after normalisation, with 0. The heads and losses are float32 under any autocast. Which
+anchors and proposals of an image are sampled is a function of the image's key.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 from zlib import crc32
 
 import torch
@@ -28,27 +30,28 @@ from torch.optim import Optimizer
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from poodle_lightning.data.detection import DetectionBatch, DetectionDataModule
-from poodle_lightning.evaluation.base import Evaluation, Scores
+from poodle_lightning.evaluation.base import Scheduled, Scores
 from poodle_lightning.evaluation.box_scores import Kind, average_precision
 from poodle_lightning.evaluation.detectors import (
     FINEST,
     LEVELS,
     DetectorName,
     batch_norms,
+    divisors,
     make_detector,
     run_lengths,
+    sample_by,
 )
 from poodle_lightning.evaluation.segmentation import seeded
 from poodle_lightning.nn.encoder import DecodedEncoder, Encoder
 from poodle_lightning.nn.fpn import FPN
 from poodle_lightning.nn.head_optim import HeadRecipe, build_head_optimizer
-from poodle_lightning.nn.optim import Schedule
-from poodle_lightning.ops.distributed import on_first
+from poodle_lightning.ops.distributed import on_first, world_size
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import ClassSet, UserError
 
 
-class Detection(Evaluation):
+class Detection(Scheduled):
     """Trains a detector on an encoder and scores its boxes, and of Mask R-CNN its masks.
 
     The pyramid is the encoder's own where it was trained with one (PiCo's ``SemanticFPN``), else a new one.
@@ -72,8 +75,6 @@ class Detection(Evaluation):
     Raises:
         UserError: the encoder has no such maps, or a number is out of range.
     """
-
-    trains: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -106,7 +107,6 @@ class Detection(Evaluation):
         )
         mode = "frozen" if frozen else "finetuned"
         self.protocol = protocol or f"{'Mask R-CNN' if detector == 'maskrcnn' else 'FCOS'}, {mode}"
-        self.schedule: Schedule | None = None
         self.pyramid: FPN | None = None
         self.network: nn.Module | None = None
         self._scores: Scores | None = None
@@ -247,36 +247,31 @@ class Detection(Evaluation):
             assert batch.masks is not None
             for target, masks in zip(targets, batch.masks, strict=True):
                 target["masks"] = masks
-        # torchvision samples anchors and proposals with the global generator
-        with seeded(int(fold(batch.key, "detector")[0])):
+        assert self.network is not None
+        sample_by(self.network, batch.key)
+        with seeded(int(fold(batch.key, "detector")[0])):  # of the encoder: stochastic depth
             terms: dict[str, Tensor] = self._run([image.float() / 255 for image in batch.images], targets)
-        total = torch.stack(list(terms.values())).sum()
-        logs = {f"train/loss_{name.removeprefix('loss_')}": value.detach() for name, value in terms.items()}
+        # gradients are averaged over devices: by the mean divisor there they are those of the whole batch
+        own = divisors(self.network, terms)
+        mean = self.over_devices(own.clone(), "mean").clamp(min=1 / world_size())
+        losses = torch.stack(list(terms.values())) * (own.clamp(min=1) / mean)
+        logs = {
+            f"train/loss_{name.removeprefix('loss_')}": value
+            for name, value in zip(terms, losses.detach(), strict=True)
+        }
+        total = losses.sum()
         self.log_dict({"train/loss": total.detach(), **logs}, batch_size=len(batch))
         return total
 
     def configure_optimizers(self) -> Optimizer:
         """The recipe's optimiser over all that is trained."""
-        planned = self.recipe.schedule(self.trainer.max_steps)
-        if self.schedule not in (None, planned):
-            warnings.warn(f"going on along the checkpoint's {self.schedule}, not {planned}", stacklevel=2)
-        self.schedule = self.schedule or planned
+        self.plan()
         assert self.network is not None
         parts: dict[str, nn.Module] = {"encoder": self.the_encoder(), "heads": self.network}
         parts["coarser"] = self.coarser
         if self.pyramid is not None:
             parts["pyramid"] = self.pyramid
         return build_head_optimizer(self.recipe, parts)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One step at the schedule's rate, times the group's own factor."""
-        assert self.schedule is not None
-        rate = self.schedule.lr(self.global_step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     # ---- scoring
     def on_validation_epoch_start(self) -> None:
@@ -382,15 +377,7 @@ class Detection(Evaluation):
 
     # ---- what is kept
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See ``Evaluation``; the schedule too."""
+        """See ``Scheduled``."""
         super().on_save_checkpoint(checkpoint)
-        kept = checkpoint["poodle_lightning"]
-        kept["method"]["init_args"].pop("output_stride", None)  # a detector has none
-        kept["schedule"] = None if self.schedule is None else self.schedule.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See ``Evaluation``; takes the schedule of the run, whose horizon was fixed when it began."""
-        super().on_load_checkpoint(checkpoint)
-        schedule = checkpoint.get("poodle_lightning", {}).get("schedule")
-        if schedule is not None:
-            self.schedule = Schedule.from_state(schedule)
+        # a detector has none
+        checkpoint["poodle_lightning"]["method"]["init_args"].pop("output_stride", None)

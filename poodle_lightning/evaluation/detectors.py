@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, MaskRCNN
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from poodle_lightning.data.coco_objects import mask_api
+from poodle_lightning.evaluation.segmentation import seeded
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.patches import multiple_of
+from poodle_lightning.ops.random import fold
 
 DetectorName = Literal["maskrcnn", "fcos"]
 FINEST = {"maskrcnn": 4, "fcos": 8}  # stride of the first level that the detector reads
@@ -45,6 +50,38 @@ class _Backbone(nn.Module):
         return self.read(images)
 
 
+class _Sampler(BalancedPositiveNegativeSampler):
+    """Draws for every image from its own key; counts what it took, and what of that has an object."""
+
+    keys: Iterable[int] = ()
+    taken: Tensor
+    positive: Tensor
+
+    def __call__(self, matched_idxs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        positive, negative = [], []
+        for key, matched in zip(self.keys, matched_idxs, strict=True):
+            with seeded(key):  # torchvision draws with the global generator
+                (there,), (not_there,) = super().__call__([matched])
+            positive.append(there)
+            negative.append(not_there)
+        self.positive = torch.cat(positive).sum(dtype=torch.float32)
+        self.taken = self.positive + torch.cat(negative).sum(dtype=torch.float32)
+        return positive, negative
+
+
+class _FCOSHead(FCOSHead):
+    """Remembers how many places of the maps have an object."""
+
+    taken: Tensor
+
+    def compute_loss(
+        self, targets: Any, head_outputs: Any, anchors: Any, matched_idxs: list[Tensor]
+    ) -> dict[str, Tensor]:
+        self.taken = (torch.cat(matched_idxs) >= 0).sum(dtype=torch.float32)
+        found: dict[str, Tensor] = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        return found
+
+
 def make_detector(
     name: DetectorName,
     read: Callable[[Tensor], dict[str, Tensor]],
@@ -75,11 +112,47 @@ def make_detector(
             box_score_thresh=threshold,
             box_detections_per_img=detections,
         )
+        parts: tuple[Any, ...] = (made.rpn, made.roi_heads)
+        for part in parts:
+            given = part.fg_bg_sampler
+            part.fg_bg_sampler = _Sampler(given.batch_size_per_image, given.positive_fraction)
     else:
-        made = FCOS(backbone, classes, score_thresh=threshold, detections_per_img=detections)
+        head = _FCOSHead(width, 1, classes)
+        made = FCOS(backbone, classes, head=head, score_thresh=threshold, detections_per_img=detections)
     mean, std = (part.flatten().tolist() for part in (encoder.mean, encoder.std))
     made.transform = _AsGiven(1, 1, mean, std, size_divisible=max(32, *multiple_of(encoder)))
     return made
+
+
+def sample_by(network: nn.Module, keys: Tensor) -> None:
+    """Makes the samples of the next training step a function of its images' ``keys (B,)``, on the host."""
+    for name in ("rpn", "roi_heads"):
+        part: Any = getattr(network, name, None)
+        if part is not None:
+            part.fg_bg_sampler.keys = fold(keys, name).tolist()
+
+
+def divisors(network: nn.Module, terms: Iterable[str]) -> Tensor:
+    """By what the losses of the last training step were divided, ``(losses,)`` float32.
+
+    It is the number of samples; where there were none, torchvision divides by 1.
+
+    Args:
+        network: what ``make_detector`` made.
+        terms: names of its losses.
+    """
+    made: Any = network
+    if isinstance(network, FCOS):
+        return torch.stack([made.head.taken for _ in terms])
+    anchors, proposals = made.rpn.fg_bg_sampler, made.roi_heads.fg_bg_sampler
+    counts = {
+        "loss_objectness": anchors.taken,
+        "loss_rpn_box_reg": anchors.taken,
+        "loss_classifier": proposals.taken,
+        "loss_box_reg": proposals.taken,
+        "loss_mask": proposals.positive,
+    }
+    return torch.stack([counts[name] for name in terms])
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:

@@ -157,15 +157,10 @@ class FineTune(Classifier):
         self.rates = self.rates or planned
         return finetune_optimizer(self.recipe, self.the_encoder(), self.head)
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One step at the rate of the epoch or step, times the group's own factor."""
+    def rate(self) -> float:
+        """The rate of the epoch or step."""
         assert self.rates is not None
-        rate = self.rates.at(self.current_epoch, self.global_step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        return self.rates.at(self.current_epoch, self.global_step)
 
     # ---- what is kept
     def details(self) -> dict[str, Any]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 from zlib import crc32
 
 import torch
@@ -15,20 +14,19 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from poodle_lightning.configured import build, spec, untrained
-from poodle_lightning.evaluation.base import Evaluation, Scores
+from poodle_lightning.evaluation.base import Scheduled, Scores
 from poodle_lightning.evaluation.inference import Inference, WholeImage, padded
 from poodle_lightning.evaluation.metrics import Confusion
 from poodle_lightning.evaluation.worst import WorstImages
 from poodle_lightning.nn.encoder import Encoder
 from poodle_lightning.nn.head_optim import HeadRecipe, build_head_optimizer
-from poodle_lightning.nn.optim import Schedule
 from poodle_lightning.nn.patches import multiple_of
 from poodle_lightning.nn.seg_heads import LinearHead, SegHead, resize
 from poodle_lightning.ops.random import fold
 from poodle_lightning.types import IGNORE, ClassSet, Features, LabelledBatch, UserError
 
 
-class Segmentation(Evaluation):
+class Segmentation(Scheduled):
     """Trains a head on labelled images and scores it on held-out ones.
 
     The loss is cross-entropy, in float32, of the logits upsampled bilinearly to the size of the labels. A
@@ -57,8 +55,6 @@ class Segmentation(Evaluation):
         UserError: parts that do not fit each other.
     """
 
-    trains: ClassVar[bool] = True
-
     def __init__(
         self,
         encoder: str | Encoder | None = None,
@@ -85,7 +81,6 @@ class Segmentation(Evaluation):
         self.auxiliary_weight, self.mean_over = auxiliary_weight, mean_over
         mode = "frozen" if frozen else "finetuned"
         self.protocol = protocol or f"{type(self.head).__name__}, {mode}"
-        self.schedule: Schedule | None = None
         if frozen and (self.recipe.layer_decay != 1.0 or drop_path):
             raise UserError("recipe.layer_decay and drop_path are for finetuning: set frozen false")
         if self.encoder is not None:
@@ -174,35 +169,16 @@ class Segmentation(Evaluation):
             return total / truth.numel()
         # gradients are averaged over devices, so the mean count there makes it the mean over all pixels
         count = (truth != IGNORE).sum().float()
-        return total / self._over_devices(count, "mean").clamp(min=1e-6)
-
-    def _over_devices(self, value: Tensor, how: str) -> Tensor:
-        if self._trainer is None:
-            return value
-        reduced: Tensor = self.trainer.strategy.reduce(value, reduce_op=how)
-        return reduced
+        return total / self.over_devices(count, "mean").clamp(min=1e-6)
 
     def configure_optimizers(self) -> Optimizer:
         """The recipe's optimiser over the head, and over the encoder unless it is frozen."""
-        planned = self.recipe.schedule(self.trainer.max_steps)
-        if self.schedule not in (None, planned):
-            warnings.warn(f"going on along the checkpoint's {self.schedule}, not {planned}", stacklevel=2)
-        self.schedule = self.schedule or planned
+        self.plan()
         parts: dict[str, nn.Module] = {} if self.frozen else {"encoder": self.the_encoder()}
         parts["head"] = self.head
         if self.auxiliary is not None:
             parts["auxiliary"] = self.auxiliary
         return build_head_optimizer(self.recipe, parts)
-
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One step at the schedule's rate, times the group's own factor."""
-        assert self.schedule is not None
-        rate = self.schedule.lr(self.global_step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     # ---- scoring
     @torch.no_grad()
@@ -247,7 +223,7 @@ class Segmentation(Evaluation):
         """Adds up over all devices and logs; every device ends with the same numbers."""
         self.confusion.all_reduce()
         self._worst.all_reduce()
-        loss = self._over_devices(self._loss.float().to(self.device), "sum")
+        loss = self.over_devices(self._loss.float().to(self.device), "sum")
         pixels = int(self.confusion.truth.sum())
         if not bool(loss.isfinite()):
             raise UserError(
@@ -290,18 +266,10 @@ class Segmentation(Evaluation):
 
     # ---- what is kept
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :class:`Evaluation`; the schedule too."""
+        """See :class:`Scheduled`."""
         super().on_save_checkpoint(checkpoint)
-        kept = checkpoint["poodle_lightning"]
-        kept["method"]["init_args"] |= {"drop_path": 0.0}  # the encoder in hand has it
-        kept["schedule"] = None if self.schedule is None else self.schedule.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See :class:`Evaluation`; takes the schedule of the run, whose horizon was fixed when it began."""
-        super().on_load_checkpoint(checkpoint)
-        schedule = checkpoint.get("poodle_lightning", {}).get("schedule")
-        if schedule is not None:
-            self.schedule = Schedule.from_state(schedule)
+        given = checkpoint["poodle_lightning"]["method"]["init_args"]
+        given["drop_path"] = 0.0  # the encoder in hand has it
 
 
 def with_drop_path(encoder: Encoder, rate: float) -> Encoder:

@@ -137,8 +137,7 @@ def write_summary(folder: Path, contents: Sequence[Mapping[str, Any]]) -> dict[s
     first = contents[0]
     values = {name: [float(one["scores"][name]) for one in contents] for name in first["scores"]}
     scores = {name: statistics.fmean(found) for name, found in values.items()}
-    # over n − 1: the runs are a sample of all seeds
-    spread = {name: statistics.stdev(found) if len(found) > 1 else math.nan for name, found in values.items()}
+    spread = {name: _deviation(found) for name, found in values.items()}
     summary = {
         "protocol": first["protocol"],
         "encoder": first["encoder"],
@@ -154,6 +153,11 @@ def write_summary(folder: Path, contents: Sequence[Mapping[str, Any]]) -> dict[s
     row += [f"{shown(name, scores[name])} ± {shown(name, spread[name])}" for name in scores]
     _write(folder / "runs.md", _table(head, [row]))
     return summary
+
+
+def _deviation(found: Sequence[float]) -> float:
+    """Over n − 1: runs are a sample of all seeds. NaN of one run, or where a run measured nothing."""
+    return statistics.stdev(found) if len(found) > 1 and all(map(math.isfinite, found)) else math.nan
 
 
 def markdown(content: Mapping[str, Any]) -> str:

@@ -66,6 +66,15 @@ def test_runs_are_averaged_with_the_deviation_of_a_sample(tmp_path):
     assert "33.0 ± 3.6" in (tmp_path / "runs.md").read_text()
 
 
+def test_what_a_run_did_not_measure_has_no_deviation(tmp_path):
+    about = {"protocol": "boxes", "headline": "box_ap", **ABOUT}
+    contents = [{**about, "scores": {"box_ap": ap, "box_ap_small": math.nan}} for ap in (0.1, 0.2)]
+    summary = write_summary(tmp_path, contents)
+    assert summary["mean"]["box_ap"] == pytest.approx(0.15)
+    assert math.isnan(summary["std"]["box_ap_small"])
+    assert "| 15.0 ± 7.1 | – ± – |" in (tmp_path / "runs.md").read_text()
+
+
 class Data:
     classes = CLASSES
 
