@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from poodle_lightning.callbacks.checkpoints import read_checkpoint
+from poodle_lightning.configured import untrained
 from poodle_lightning.data.clips import ClipDataset
 from poodle_lightning.methods.base import Method
 from poodle_lightning.report import Material, gather, write_report
@@ -136,7 +138,7 @@ def material_of(
     if not config.is_file() or checkpoint is None:
         raise UserError(f"{folder} has no {'checkpoint' if config.is_file() else 'config.yaml'}")
     content = read_checkpoint(checkpoint)
-    method, data = build([str(config)], list(overrides))
+    method, data = build([str(config)], [*_encoder_of(content), *overrides])
     if not isinstance(method, Method):
         raise UserError(f"{config}: {type(method).__name__} is no method of this package")
     method.load_state_dict(content["state_dict"])
@@ -155,6 +157,12 @@ def material_of(
         labelled=labelled,
         tracks=partial(_ways, getattr(shown, "dataset", None)),
     )
+
+
+def _encoder_of(content: Mapping[str, Any]) -> list[str]:
+    """The encoder in the checkpoint's words: the run or file it began from need not be there any more."""
+    described = content.get("poodle_lightning", {}).get("method", {}).get("init_args", {}).get("encoder")
+    return [] if described is None else ["--model.encoder", json.dumps(untrained(described))]
 
 
 def _ways(clips: Any, clip: Clip) -> tuple[Tensor, ...]:

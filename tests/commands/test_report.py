@@ -2,11 +2,15 @@
 
 import argparse
 import inspect
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from poodle_lightning import cli
 from poodle_lightning.commands import report
+from poodle_lightning.hub import save_pretrained
 from poodle_lightning.methods.base import Method
 from poodle_lightning.nn.online import Online
 from poodle_lightning.nn.resnet import ResNet
@@ -99,6 +103,23 @@ def test_draws_from_the_checkpoint(root, capsys):
 def test_without_held_out_videos_it_shows_training_frames(root):
     report.run(parsed("--last", "--root", str(root)), lambda *_: (Plain(), Data(held_out=False)))
     assert "Training pairs" in (root / "b" / "2026-01-03_00-00-00" / "report" / "index.html").read_text()
+
+
+def test_the_encoder_that_a_run_began_from_may_be_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_pretrained(ResNet(10, width=8), "first")
+    data = ["--data.source=synthetic", "--data.synthetic={videos: 4, seconds: 1.0, size: [48, 96]}"]
+    words = ["--model=method/pico_tiny.yaml", "--model.encoder=first", "--model.queue=8", "--model.places=4"]
+    sampler = "--data.sampler=poodle_lightning.data.sampling.ClipSampler"
+    sampler += " --data.sampler.frames=1 --data.sampler.step=1.0"
+    more = ["--data.size=[32, 64]", *sampler.split(), "--data.num_workers=0", "--trainer.max_steps=1"]
+    assert cli.main(["fit", *words, *data, *more, "--data.batch_size=2", "--trainer.accelerator=cpu"]) == 0
+    shutil.rmtree("first")
+    assert cli.main(["report", "--last", "--labelled=0"]) == 0
+    said = capsys.readouterr()
+    assert "error" not in said.err
+    assert "first" not in said.err.partition("run folder")[2]
+    assert ">Features<" in Path(said.out.strip().splitlines()[-1]).read_text()
 
 
 def test_curves_are_shown_even_if_the_data_is_gone(root, tmp_path, capsys):
