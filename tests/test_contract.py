@@ -181,7 +181,7 @@ def test_steps_do_not_depend_on_the_global_random_state(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("_tiny") and not n.startswith(DENSE)])
 def test_half_precision_changes_the_loss_by_little(name):
-    method, clip = tiny(name), make_clip(batch=4)
+    method, clip = tiny(name), make_clip(batch=8)  # BatchNorm over fewer rows magnifies rounding
     exact = total(method, clip)
     with torch.autocast("cpu", torch.bfloat16):
         rough = total(method, clip)
