@@ -95,6 +95,10 @@ def run(args: argparse.Namespace, build: Build) -> int:
     name, estimators, threads = _estimators(args, share)
     cache = FlowCache(args.out, name, args.full_resolution, args.form, args.quality)
     videos = _share(share, entries, sampler.fixed)
+    if source.refused and share.number == 1:  # every share sees the same ones
+        reasons = _listed(Counter(skip.reason for skip in source.refused))
+        first = source.refused[0].path
+        print(f"flow: files left out: {reasons}; the first is {first}", file=sys.stderr)
     began = time.monotonic()
     try:
         total = _compute(Work(source, sampler, estimators, cache), videos, threads, share)

@@ -13,13 +13,15 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from poodle_lightning.commands import Build, add_config_arguments
 from poodle_lightning.commands._estimators import add_estimator_arguments, check_estimator, on_devices
-from poodle_lightning.types import UserError
+from poodle_lightning.types import Skip, UserError
 
 if TYPE_CHECKING:
     from poodle_lightning.data.footage import Footage
@@ -119,6 +121,8 @@ def run(args: argparse.Namespace, build: Build) -> int:
             f"trace: {share} (by {share.origin}{remedy}): {len(videos)} of {len(entries)} videos",
             file=sys.stderr,
         )
+    if source.refused and share.number == 1:  # every share sees the same ones
+        _note_refused(source.refused, args.out)
     began = time.monotonic()
     total = track_all(traces, videos, halt)
     if total.skipped:
@@ -130,6 +134,16 @@ def run(args: argparse.Namespace, build: Build) -> int:
     where = args.out if share.count == 1 else f"{args.out}, {share}"
     print(f"{where}: {total.told(time.monotonic() - began)}")
     return 0
+
+
+def _note_refused(refused: Sequence[Skip], out: str) -> None:
+    """Say and write down which files are no readable videos; they are in no share."""
+    from poodle_lightning.data.track_counts import SKIPPED, listed, note_skip
+
+    for skip in refused:
+        note_skip(Path(out), skip.path, skip.reason, skip.detail)
+    reasons = listed(Counter(skip.reason for skip in refused))
+    print(f"trace: files left out: {reasons}; see {os.path.join(out, SKIPPED)}", file=sys.stderr)
 
 
 def _check_folder(out: str) -> None:

@@ -157,6 +157,9 @@ class Stretch:
 class FootageLoader:
     """Stretches one at a time, for ``Trainer.predict``. A ``DataLoader`` would be shared out a second time.
 
+    Where there are none it gives out one None: Lightning calls no hook of a process without a batch, and the
+    others would wait for it where all count together.
+
     Args:
         footage: in the order in which it is given out.
     """
@@ -164,11 +167,11 @@ class FootageLoader:
     def __init__(self, footage: Sequence[Footage]) -> None:
         self.footage = footage
 
-    def __iter__(self) -> Iterator[Footage]:
-        return iter(self.footage)
+    def __iter__(self) -> Iterator[Footage | None]:
+        return iter(self.footage or (None,))
 
     def __len__(self) -> int:
-        return len(self.footage)
+        return max(len(self.footage), 1)
 
 
 def footage_of(

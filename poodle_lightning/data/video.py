@@ -196,7 +196,7 @@ class VideoDataModule(SharedDataModule):
             self.ledger.open(folder, self.trainer.global_rank)
             refused = (*self.source.refused, *self._too_short)
             self.ledger.refused(refused)
-            if refused and stage == "fit":
+            if refused and stage in ("fit", "predict"):
                 reasons = listed(Counter(skip.reason for skip in refused))
                 rank_zero_warn(f"{len(refused)} files are left out ({reasons}): see skipped.jsonl")
 

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import timedelta
 from itertools import pairwise, tee
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from poodle_lightning.ops.random import key_of
 from poodle_lightning.ops.tracks import GAMMA, follow, starts
 from poodle_lightning.types import UserError
 
+_LONGEST = timedelta(days=30)  # that the first process to be done waits for the last one
 LIMIT = 8.0  # squared pixels, ours: 16 times the default δ
 
 
@@ -74,7 +76,6 @@ class Trace(L.LightningModule, Configured):
     """
 
     trains = False
-    allow_zero_length_dataloader_with_multiple_devices = True  # fewer videos than processes
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class Trace(L.LightningModule, Configured):
         self.every, self.seed = every, seed
         self.total = Count()
         self._began = 0.0
+        self._group: Any = None
 
     @functools.cached_property
     def store(self) -> TrackStore:
@@ -111,13 +113,17 @@ class Trace(L.LightningModule, Configured):
     def on_predict_start(self) -> None:
         """Start counting."""
         self.total, self._began = Count(), time.monotonic()
+        if self.trainer.world_size > 1:  # all are here now; where they meet again they may be hours apart
+            self._group = torch.distributed.new_group(backend="gloo", timeout=_LONGEST)
 
-    def predict_step(self, footage: Footage, batch_idx: int) -> int:
-        """Track one stretch.
+    def predict_step(self, footage: Footage | None, batch_idx: int) -> int:
+        """Track one stretch; None is that of a process that has none.
 
         Returns:
             Bytes written.
         """
+        if footage is None:
+            return 0
         count = self.video(footage)
         self.total += count
         return count.bytes
@@ -131,7 +137,8 @@ class Trace(L.LightningModule, Configured):
         total = self.total
         if self.trainer.world_size > 1:
             counts: list[Any] = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(counts, self.total)
+            torch.distributed.all_gather_object(counts, self.total, group=self._group)
+            torch.distributed.destroy_process_group(self._group)
             total = Count()
             for count in counts:
                 total += count

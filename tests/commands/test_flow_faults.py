@@ -53,6 +53,7 @@ def test_damaged_and_short_videos_are_counted_and_the_rest_is_done(films, tmp_pa
     assert numbers(said.out) == (3, 0)
     assert "3 too_short" in said.err
     assert "3 too_small" in said.err
+    assert "files left out: 1 not_a_video; the first is" in said.err
 
 
 def test_a_file_that_breaks_while_reading_leaves_its_pair_out(films, tmp_path, capsys, monkeypatch):

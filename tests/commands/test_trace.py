@@ -227,10 +227,15 @@ def test_bad_videos_are_left_out_and_all_bad_is_an_error(films, tmp_path, capsys
     capsys.readouterr()
     for name in ("a.mp4", "b.mp4"):
         (root / name).write_bytes((films / name).read_bytes())
+    (root / "torn.mp4").write_bytes((films / "a.mp4").read_bytes()[:200])
     assert run(root, tmp_path / "out") == 0
     said = capsys.readouterr()
     assert numbers(said.out) == (2, 0, 80)
     assert "videos left out: 1 too_short; see" in said.err
+    assert "files left out: 1 truncated; see" in said.err
+    assert "torn.mp4" in (tmp_path / "out" / "skipped.jsonl").read_text()
+    assert run(root, tmp_path / "out", "--shard", "2/2") == 0
+    assert "files left out" not in capsys.readouterr().err  # the first share says it
 
 
 def test_an_interruption_ends_running_videos_and_leaves_no_part(films, tmp_path):

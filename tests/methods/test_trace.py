@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from films import FPS, film, sequential
+from side_by_side import two_of, wait_for
 
 from poodle_lightning.configured import build, spec
 from poodle_lightning.data.encode import write_video
@@ -203,6 +204,16 @@ def test_shares_of_two_processes_are_all_and_equal_to_one(films, tmp_path):
     one = {file.name: file.read_bytes() for file in (tmp_path / "one").rglob("*.tracks")}
     assert one == {file.name: file.read_bytes() for file in (tmp_path / "two").rglob("*.tracks")}
     assert len(one) == 2
+
+
+def test_a_process_without_a_video_still_takes_part_in_the_count(films, tmp_path):
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").write_bytes((films / "a.mp4").read_bytes())
+    wait_for(two_of("two_traces.py", tmp_path))
+    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert sorted(one["videos"] for one in both) == [0, 1]
+    assert "1 videos tracked" in both[0]["said"][-1]
+    assert len(list((tmp_path / "out").rglob("*.tracks"))) == 1
 
 
 def test_a_video_that_changed_is_tracked_again(films, tmp_path):
