@@ -193,7 +193,7 @@ def same_architecture_random(encoder: Encoder, seed: int = 0) -> Encoder:
     plain = spec(encoder)
     packages = _without_weights(plain)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would set those of GPUs too
         fresh: Encoder = build(plain, allow=sorted(packages))
     return fresh.to(next(encoder.parameters()).device).eval()
 

@@ -38,6 +38,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from poodle_lightning.configured import Configured
@@ -194,8 +195,14 @@ class Trace(L.LightningModule, Configured):
     def _flows(self, stretch: Stretch, pool: ThreadPoolExecutor) -> Iterator[tuple[Flow, Flow]]:
         """From every frame to the next and back, of one row each."""
         for both in self._pixels(stretch, pool):
+            self._stop_if_asked()
             flow = Flow.from_pixels(both)
             yield flow[:1], flow[1:]
+
+    def _stop_if_asked(self) -> None:
+        """Lightning notes a SIGTERM, but nothing looks at the note outside of training."""
+        if self._trainer is not None and self._trainer.received_sigterm:
+            raise SIGTERMException
 
     def _pixels(self, stretch: Stretch, pool: ThreadPoolExecutor) -> Iterator[Tensor]:
         """The same in pixels, ``(2, 2, H, W)``, there and back; few pairs at a time."""
@@ -212,8 +219,8 @@ class Trace(L.LightningModule, Configured):
         place = self._place
         images = torch.from_numpy(frames)
         if place.type == "cuda":  # or the copy would wait for the flow of the frames before
-            images = images.pin_memory().to(place, non_blocking=True)
-        images = images.permute(0, 3, 1, 2).float() / 255.0
+            images = images.pin_memory()
+        images = images.to(place, non_blocking=place.type == "cuda").permute(0, 3, 1, 2).float() / 255.0
         try:
             rows = raft.estimate(torch.stack([images[:-1], images[1:]], dim=1)).to_pixels()
         except torch.OutOfMemoryError as error:

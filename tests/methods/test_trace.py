@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import signal
 from itertools import pairwise
 
 import cv2
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from films import FPS, film, sequential
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from side_by_side import two_of, wait_for
 
 from poodle_lightning.configured import build, spec
 from poodle_lightning.data.encode import write_video
-from poodle_lightning.data.footage import footage_loader, footage_of
+from poodle_lightning.data.footage import FootageLoader, footage_loader, footage_of
 from poodle_lightning.data.sources import FolderSource
 from poodle_lightning.data.streets import StreetSet, SyntheticSource
 from poodle_lightning.data.synthetic import Street
@@ -195,6 +198,24 @@ def test_predict_writes_a_file_per_video_and_goes_on(films, tmp_path, monkeypatc
     more = Trace(DIS("fast"), str(tmp_path), points=31)
     predict(more, films)
     assert (more.total.videos, more.total.kept) == (2, 0)
+
+
+class Terminated(L.Callback):
+    """Asks to stop when the second video begins, as a queue does whose time is over."""
+
+    def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_termination_ends_it_within_a_video(films, tmp_path):
+    trace, videos = Trace(DIS("fast"), str(tmp_path / "tracks"), points=40), FootageLoader(footage(films))
+    quiet = {"logger": False, "enable_progress_bar": False, "default_root_dir": str(tmp_path)}
+    trainer = L.Trainer(accelerator="cpu", devices=1, callbacks=[Terminated()], **quiet)
+    with pytest.raises(SIGTERMException):
+        trainer.predict(trace, videos)
+    assert len(list((tmp_path / "tracks").rglob("*.tracks"))) == 1
+    assert not list((tmp_path / "tracks").rglob("*.part"))
 
 
 def test_shares_of_two_processes_are_all_and_equal_to_one(films, tmp_path):
