@@ -138,7 +138,7 @@ def _unknown_option(message: str, flags: list[str]) -> str | None:
     known = _parameters(owner)
     option = next((part for part in found[1].split(".") if part not in known), found[1])
     where = f"{_key(message, found.start())}.{option}"
-    if len(refused) > 1 and not did_you_mean(option, known):
+    if len(set(refused)) > 1 and not did_you_mean(option, known):
         names = ", ".join(dict.fromkeys(path.rsplit(".", 1)[-1] for path in refused))
         return f"{where}: none of {names} has such an option"
     return f"{where}: {owner.rsplit('.', 1)[-1]} has no such option{did_you_mean(option, known)}"
@@ -161,9 +161,11 @@ def _required(message: str, flags: list[str]) -> str | None:
     if found is None:
         return None
     keys = sorted({key.strip().split(".")[-1] for key in found[1].split(",")})
+    where = _key(message, found.start())
+    first = keys[0] if where == "config" else f"{where}.{keys[0]}"
     return (
         f"no {' and no '.join(keys)} given: add --config FILE (`poodle-lightning list` shows those that come "
-        f"with the package) or --{keys[0]} NAME"
+        f"with the package) or --{first} {'NAME' if where == 'config' else 'VALUE'}"
     )
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import yaml
 
 from poodle_lightning.cli import build
 from poodle_lightning.configured import spec
+from poodle_lightning.data.sampling import ClipSampler, WindowSampler
+from poodle_lightning.data.tracked import TrackedFrames
 from poodle_lightning.data.video import VideoDataModule
 from poodle_lightning.methods.base import Method
 from poodle_lightning.methods.poodle import PooDLe
@@ -51,6 +54,28 @@ def made(*configs: str, words=()):
         )
     with torch.device("meta"):
         return build([f"{config}.yaml" for config in configs], words)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("folder_clips", ClipSampler), ("folder_window", WindowSampler), ("folder_tracks", TrackedFrames)],
+)
+def test_a_setting_of_a_sampler_is_of_the_one_that_is_named(name, kind):
+    """All three have ``frames``."""
+    configs = ["--model=method/byol_tiny.yaml", f"--data=data/{name}.yaml", "--data.root=videos"]
+    before, after = (build([], [*configs, *words])[1].sampler for words in ([], ["--data.sampler.frames=3"]))
+    assert type(before) is kind
+    assert after == replace(before, frames=3)
+
+
+def test_a_sampler_without_a_name_is_known_by_its_settings(tmp_path):
+    """As earlier versions wrote it into ``config.yaml``."""
+    settings = {"folder": "tracks", "frames": 3, "by": "random", "motion": "tracks", "points": 32}
+    data = {"source": "folder", "root": "videos", "sampler": settings}
+    content = {"data": {"class_path": "poodle_lightning.VideoDataModule", "init_args": data}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    _, data = build([tmp_path / "config.yaml"], ["--model=method/byol_tiny.yaml"])
+    assert data.sampler == TrackedFrames("tracks", 3, "random", points=32)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

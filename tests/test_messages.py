@@ -16,19 +16,19 @@ CLIPS = ["fit", "--model=method/byol_tiny.yaml", "--data=data/folder_clips.yaml"
         # what a sampler refuses is not taken for "another kind of sampler"
         (["--data.sampler.frames=0"], "data.sampler: a clip needs frames >= 1 and step > 0 s, not 0 and 0.5"),
         (["--data.sampler.step=0"], "data.sampler: a clip needs frames >= 1 and step > 0 s, not 4 and 0.0"),
-        # of several classes, the one that has something like it
+        # of the sampler that the configuration names
         (
             ["--data.sampler.frame=3"],
             "data.sampler.frame: ClipSampler has no such option: did you mean frames?",
         ),
         (
             ["--data.sampler.second=3"],
-            "data.sampler.second: WindowSampler has no such option: did you mean seconds?",
+            "data.sampler.second: ClipSampler has no such option",
         ),
         (
-            ["--data.sampler.zz=3"],
-            "data.sampler.zz: none of FixedPairs, PairSampler, ClipSampler, WindowSampler, TrackedFrames has "
-            "such an option",
+            ["--data.sampler=WindowSampler"],
+            "no seconds given: add --config FILE (`poodle-lightning list` shows those that come with the "
+            "package) or --data.sampler.seconds VALUE",
         ),
         (["--data.sampler.frames=x"], "data.sampler.frames: expected int, not x"),
         # the value itself, not the parser's wrapping

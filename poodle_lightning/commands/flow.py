@@ -137,6 +137,8 @@ def _what(args: argparse.Namespace, build: Build) -> tuple[Source, Sequence[Entr
 
     if bool(args.config) == bool(args.root):
         raise UserError("flow needs either --root DIR or --config FILE")
+    if args.root and args.overrides:
+        raise UserError(f"flow: {args.overrides[0]} is no option of --root; see poodle-lightning flow --help")
     if args.config:
         with warnings.catch_warnings():
             # CachedFlow's advice to run this command

@@ -161,6 +161,10 @@ def _check(args: argparse.Namespace) -> None:
     check_estimator(args, {"workers": 0, "points": 1, "every": 1})
     if bool(args.config) == bool(args.root):
         raise UserError("trace needs either --root DIR or --config FILE")
+    if args.root and args.overrides:
+        raise UserError(
+            f"trace: {args.overrides[0]} is no option of --root; see poodle-lightning trace --help"
+        )
     if args.root and not os.path.exists(args.root):
         raise UserError(f"--root {args.root}: no such folder; give a folder of videos")
     if not 0 <= args.gamma < math.inf:

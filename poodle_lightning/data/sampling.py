@@ -8,6 +8,7 @@ so that a time drawn is always one that can be read.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -29,21 +30,25 @@ class TooShort(Exception):
         super().__init__(f"{duration:.3f} s of video, {span:.3f} s are needed")
 
 
-class Sampler(Protocol):
-    """What the data set needs of a sampler."""
+class Sampler(ABC):
+    """What the data set needs of a sampler.
+
+    All are of this class, so that a setting on the command line (``data.sampler.frames``) is one of the
+    sampler that the configuration names, and not of the first that has such a setting.
+    """
 
     @property
+    @abstractmethod
     def span(self) -> float:
         """The longest stretch of video needed, seconds."""
-        ...
 
+    @abstractmethod
     def times(self, duration: float, key: Tensor) -> list[float]:
         """Times of the frames, seconds in ``[0, duration]``."""
-        ...
 
 
 @dataclass(frozen=True)
-class PairSampler:
+class PairSampler(Sampler):
     """Two frames a random gap apart.
 
     Several pairs from one opened video (repeated sampling) are drawn independently, each anywhere in it, as
@@ -114,7 +119,7 @@ class PairSampler:
 
 
 @dataclass(frozen=True)
-class ClipSampler:
+class ClipSampler(Sampler):
     """``frames`` frames, ``step`` seconds apart, from a random start; see ``check``."""
 
     frames: int
@@ -150,7 +155,7 @@ class ClipSampler:
 
 
 @dataclass(frozen=True)
-class WindowSampler:
+class WindowSampler(Sampler):
     """``frames`` frames within a window of ``seconds`` at a random place; the laws of VITO, Fig. A.2.
 
     What makes no sense is refused by ``check``.

@@ -43,7 +43,7 @@ class Untracked(Exception):
 
 
 @dataclass(frozen=True)
-class TrackedFrames:
+class TrackedFrames(Sampler):
     """``frames`` frames of a video that has tracks, and pairs of points of the first with each other one.
 
     What makes no sense is refused by ``check`` and ``check_folder``. Videos without usable tracks are skipped
@@ -153,7 +153,9 @@ class TrackedFrames:
         """
         store = self.store
         if not store.path(name).is_file():
-            raise Untracked("no_tracks", f"no tracks of {name} in {self.folder}")
+            raise Untracked(
+                "no_tracks", f"no tracks of {name} in {self.folder}: make them by poodle-lightning trace"
+            )
         try:
             tracked = store.get(name, fingerprint)
         except UserError as error:

@@ -211,7 +211,7 @@ class TrackStore:
         if self.gamma not in (None, header["gamma"]):
             raise UserError(
                 f"the tracks of {name} in {self.folder} were made with gamma = {header['gamma']:g}, not "
-                f"{self.gamma:g}: only delta may change without tracking again"
+                f"{self.gamma:g}: only delta may change without tracking again, into another folder"
             )
 
     def put(self, name: str, fingerprint: str, tracks: Tracks, times: Array, seed: int = 0) -> int:

@@ -32,6 +32,8 @@ from poodle_lightning.types import Clip, Skip, UserError
 HELD_OUT_EPOCH = -1
 # Videos by which it is judged whether every window shrinks.
 _LOOKED_AT = 50
+# Classes beside their base: configurations that earlier versions wrote do not name the sampler.
+AnySampler = Sampler | FixedPairs | PairSampler | ClipSampler | WindowSampler | TrackedFrames
 
 
 class VideoDataModule(SharedDataModule):
@@ -111,7 +113,7 @@ class VideoDataModule(SharedDataModule):
         pairs_per_video: int = 1,
         spread: float | None = None,
         jitter: float = 0.1,
-        sampler: FixedPairs | PairSampler | ClipSampler | WindowSampler | TrackedFrames | None = None,
+        sampler: AnySampler | None = None,
         clip_seconds: float | None = None,
         start_every: float | None = None,
         cuts: Literal["keep", "avoid"] = "keep",

@@ -262,6 +262,15 @@ def test_an_interruption_ends_running_videos_and_leaves_no_part(films, tmp_path)
     assert not list(tmp_path.rglob("*.tracks"))
 
 
+def test_an_unknown_option_is_not_passed_over(films, tmp_path, capfd):
+    """What goes to a configuration means nothing for a folder."""
+    for verb in ("trace", "flow"):
+        words = [verb, "--root", str(films), "--out", str(tmp_path / verb), "--gama", "0.1"]
+        assert main(words) == 2
+        assert f"{verb}: --gama is no option of --root" in capfd.readouterr().err
+        assert not (tmp_path / verb).exists()
+
+
 def test_the_command_line_knows_the_verb(films, tmp_path, capsys):
     words = ["trace", "--root", str(films), "--out", str(tmp_path / "out"), "--points", "5"]
     assert main([*words, "--preset", "fast"]) == 0
