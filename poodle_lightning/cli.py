@@ -7,6 +7,8 @@ import importlib
 import logging
 import os
 import pkgutil
+import re
+import select
 import sys
 import traceback
 import warnings
@@ -33,12 +35,15 @@ ALLOWED = [
 _CLASSES = ("methods", "flow", "nn", "augment", "data", "evaluation", "callbacks")
 # Said by Lightning and jsonargparse about each other at every start.
 _NOISE = [
+    r"`torch\.distributed\.\w+` is deprecated.*",  # the older names serve older versions too
     r".*deprecated (in|since) v4\..* will be removed in v5\..*",
     r".*instantiate_subclass_spec_in_any.*",
     r".*isinstance\(treespec, LeafSpec\).* is deprecated.*",
     r"Checkpoint directory .* exists and is not empty.*",  # going on in a run's folder is meant
     r"Found \d+ module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
 ]
+# Gloo's and NCCL's words for a process that is not there any more.
+_PEER_GONE = re.compile(r"Connection (closed|reset) by peer|remote process exited", re.IGNORECASE)
 _log = logging.getLogger("poodle_lightning")
 
 
@@ -58,9 +63,11 @@ def main(args: list[str] | None = None) -> int:
     with ExitStack() as stack:
         stack.enter_context(_speaking())
         try:
-            return _dispatch(words, stack)
+            code = _dispatch(words, stack)
+            sys.stdout.flush()
+            return code
         except BaseException as error:
-            return _explain(error, debug)
+            return 141 if _nobody_reads(error) else _explain(error, debug)
 
 
 def build(
@@ -232,6 +239,21 @@ def _fail(message: str) -> NoReturn:
     raise UserError(message)
 
 
+def _nobody_reads(error: BaseException) -> bool:
+    """Whether the reader of what is printed has ended (``| head``), which is no fault of ours."""
+    if not isinstance(error, BrokenPipeError) or not hasattr(select, "poll"):
+        return False
+    try:
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # errors are always told
+        if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+            return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+    except (OSError, ValueError):  # standard output is no file
+        return False
+    return True
+
+
 def _explain(error: BaseException, debug: bool) -> int:
     """Says what went wrong, in one line where the user can mend it; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
@@ -267,6 +289,8 @@ def _line(error: BaseException) -> str | None:
         # raised in a loader's worker, it arrives with that process's traceback as its text
         last = text.splitlines()[-1] if text else type(error).__name__
         return last.split("UserError: ", 1)[-1] if "Original Traceback" in text else " ".join(text.split())
+    if "No supported gpu backend found" in text:
+        return "trainer.accelerator is gpu, but there is none here: try --trainer trainer/cpu.yaml"
     if type(error).__name__ == "MisconfigurationException":
         return " ".join(text.split())
     if isinstance(error, RuntimeError) and "Error(s) in loading state_dict" in text:
@@ -274,6 +298,12 @@ def _line(error: BaseException) -> str | None:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         what = wrong[0][:200] if wrong else text
         return f"--ckpt_path: the checkpoint is of another architecture: {what}{more}"
+    if isinstance(error, ValueError) and text.startswith("Expected more than 1 value per channel"):
+        return "BatchNorm needs more than one clip on each device: raise --data.batch_size (--debug: which)"
+    if isinstance(error, ValueError) and text.startswith("SyncBatchNorm layers only work with GPU"):
+        return "trainer.sync_batchnorm is for GPUs: give --trainer.sync_batchnorm false"
+    if isinstance(error, RuntimeError) and _PEER_GONE.search(text):
+        return "another process of this run has ended: see its message (--debug: where this one waited)"
     from poodle_lightning.messages import missing_package
 
     return missing_package(text)  # said by a logger or callback that the parser makes

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from poodle_lightning.data.labelled import LabelledDataModule
+from poodle_lightning.data.loading import SharedDataModule
 from poodle_lightning.evaluation.base import Evaluation
 from poodle_lightning.report.results import report_result
 from poodle_lightning.training import TrainingCLI
@@ -67,11 +68,29 @@ class EvaluationCLI(TrainingCLI):
         if self._check and isinstance(datamodule, LabelledDataModule) and self.trainer.is_global_zero:
             check_labels(datamodule, train=model.reads_training_images)
         if model.trains:
+            if isinstance(datamodule, SharedDataModule):
+                check_devices(datamodule, self.trainer)
             watched, self.trainer.limit_val_batches = self.trainer.limit_val_batches, 0
             self.trainer.fit(model, datamodule=datamodule, **kwargs)
             self.trainer.limit_val_batches = watched
         self.trainer.validate(model, datamodule=datamodule, verbose=False)
         self.content = report_result(self.trainer, model, datamodule, self.about())
+
+
+def check_devices(data: SharedDataModule, trainer: L.Trainer) -> None:
+    """Refuses fewer held-out items than devices before anything is trained, not when it is scored.
+
+    Args:
+        data: the labelled items.
+        trainer: of the devices.
+
+    Raises:
+        UserError: there are fewer, or the items cannot be listed.
+    """
+    if trainer.world_size > 1:
+        data.trainer = trainer
+        data.setup("validate")
+        data.val_dataloader()
 
 
 def check_labels(data: LabelledDataModule, train: bool = True) -> None:

@@ -194,11 +194,18 @@ class TrainingCLI(LightningCLI):
         if run.fresh:
             # processes that this one starts for the other devices join the same run
             self._stack.enter_context(runs.shared_time(run.folder))
-        if getattr(rank_zero_only, "rank", 0) == 0:
+        if self._first():
             run.folder.mkdir(parents=True, exist_ok=True)
             runs.clear_parts(run.folder)
             self._stack.enter_context(runs.logged(run.folder))
         return run
+
+    def _first(self) -> bool:
+        """Whether this is the process that writes, as far as it is known before there is a trainer."""
+        nodes = int(self._get(self.config_init, "trainer").get("num_nodes") or 1)
+        # Lightning's own launcher tells a node's first process its node, and no rank
+        later = nodes > 1 and (os.environ.get("NODE_RANK") or "0") != "0"
+        return getattr(rank_zero_only, "rank", 0) == 0 and not later
 
     def _loggers(self, given: Any, folder: Path) -> Any:
         if given is False:
@@ -235,6 +242,8 @@ class TrainingCLI(LightningCLI):
         self.config_init[self.subcommand]["ckpt_path"] = (
             None if self._checkpoint is None else str(self._checkpoint)
         )
+        if not self.trainer.is_global_zero:
+            return
         if self._checkpoint is not None:
             _log.info("going on from %s", self._checkpoint)
         elif self.subcommand != "fit" and getattr(self.model, "trains", True):

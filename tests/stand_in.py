@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from poodle_lightning.types import UserError
+
 
 @dataclass
 class Rule:
@@ -51,7 +53,7 @@ class Toy(L.LightningModule):
         trunk: the part with weights.
         rule: settings.
         fail_at: step at which it happens; -1 never.
-        how: nan, nan_on_rank_1, raise, SIGTERM, SIGINT or SIGUSR1.
+        how: nan, nan_on_rank_1, raise, raise_on_rank_0, SIGTERM, SIGINT or SIGUSR1.
     """
 
     def __init__(
@@ -81,6 +83,10 @@ class Toy(L.LightningModule):
             return loss * float("nan") if self.global_rank == 1 else loss
         if self.how == "raise":
             raise ValueError("an accident")
+        if self.how == "raise_on_rank_0":
+            if self.global_rank == 0:
+                raise UserError("an accident")
+            return loss
         os.kill(os.getpid(), getattr(signal, self.how))
         return loss
 

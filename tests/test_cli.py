@@ -279,3 +279,56 @@ def test_lists_do_not_wait_for_torch(words):
         f"assert main({words!r}) == 0; assert not {{'torch', 'lightning', 'jsonargparse'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=240)
+
+
+def test_one_clip_for_a_batch_norm_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_dispatch", lambda words, stack: torch.nn.BatchNorm1d(3)(torch.zeros(1, 3)))
+    assert cli.main(["fit"]) == 2
+    said = capsys.readouterr().err
+    assert "error: BatchNorm needs more than one clip on each device: raise --data.batch_size" in said
+    assert "Traceback" not in said
+
+
+def test_the_end_of_another_process_is_one_line(monkeypatch, capsys):
+    """Gloo's words, and NCCL's."""
+    for text in (
+        "[pair.cc:561] Connection closed by peer [127.0.0.1]:1",
+        "remote process exited",
+    ):
+
+        def gone(words, stack, text=text):
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(cli, "_dispatch", gone)
+        assert cli.main(["fit"]) == 2
+        said = capsys.readouterr().err
+        assert "another process of this run has ended: see its message" in said
+        assert "Traceback" not in said
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """``poodle-lightning list | head -1``."""
+    command = [sys.executable, "-m", "poodle_lightning", "list", "configs"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (141, "")
+
+
+def test_no_gpu_is_one_line_that_names_the_key(folder, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("fit", "--trainer.accelerator", "gpu") == 2
+    assert "trainer.accelerator is gpu" in capfd.readouterr().err
+
+
+def test_a_trainer_of_one_device_replaces_one_of_many():
+    """``--trainer`` is layered over the experiment's: 4 nodes left in it would be waited for."""
+    one, many = ("any", "cpu", "gpu1_bf16", "gpu1_fp32"), ("nodes4x8", "nodes4x8_fp32", "gpu8", "gpu4_fp32")
+    folder = Path(__file__).parents[1] / "configs/trainer"
+    for first in many:
+        for second in one:
+            merged = {}
+            for name in (first, second):
+                merged |= yaml.safe_load((folder / f"{name}.yaml").read_text())
+            found = [merged[key] for key in ("devices", "num_nodes", "strategy", "sync_batchnorm")]
+            assert found == [1, 1, "auto", False]

@@ -73,6 +73,13 @@ def test_one_command_trains_scores_and_writes(folder, capsys):
     assert "Evaluation" in (run / "report" / "index.html").read_text()
 
 
+def test_more_devices_than_held_out_images_are_refused_before_training(folder, capsys):
+    words = ("--trainer.devices", "4", "--trainer.strategy", "ddp")
+    assert evaluate(*words) == 2
+    assert "3 images of the split val for 4 devices: use at most 3 devices" in capsys.readouterr().err
+    assert runs_of("linear-encoder") == []
+
+
 def test_runs_differ_in_their_seed_and_are_averaged(folder, capsys):
     assert evaluate("--runs", "2", "--seed_everything", "5") == 0
     (first,), (second,) = (runs_of(f"linear-encoder_seed{seed}") for seed in (5, 6))

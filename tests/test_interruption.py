@@ -77,16 +77,30 @@ def test_the_signals_are_given_back(folder):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def test_two_processes_stop_together(folder):
-    words = ["fit", "--config", "cfg/experiment/toy.yaml", "--allow", "stand_in", "--trainer.strategy", "ddp"]
-    words += ["--trainer.devices", "2", "--model.fail_at", "2", "--model.how", "nan_on_rank_1"]
+def two_processes(*words):
+    fixed = ["fit", "--config", "cfg/experiment/toy.yaml", "--allow", "stand_in", "--trainer.strategy", "ddp"]
+    fixed += ["--trainer.devices", "2", "--model.fail_at", "2"]
     environment = {**os.environ, "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, "-m", "poodle_lightning", *words],
+    return subprocess.run(
+        [sys.executable, "-m", "poodle_lightning", *fixed, *words],
         capture_output=True, text=True, timeout=120, env=environment, check=False,
     )  # fmt: skip
+
+
+def test_two_processes_stop_together(folder):
+    done = two_processes("--model.how", "nan_on_rank_1")
     assert done.returncode == 2, done.stderr
     assert "not finite" in done.stderr
     (found,) = runs_of()
     assert (found / "replay_step2_rank1.pt").is_file()
+    assert torch.load(found / "checkpoints/interrupted.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_an_error_of_the_first_process_ends_the_other_without_a_word(folder):
+    """The other waits for gradients that do not come: it cannot hear a signal, and has nothing to say."""
+    done = two_processes("--model.how", "raise_on_rank_0")
+    assert done.returncode == 2, done.stderr
+    assert "error: an accident" in done.stderr
+    assert "Traceback" not in done.stderr
+    (found,) = runs_of()
     assert torch.load(found / "checkpoints/interrupted.ckpt", weights_only=True)["global_step"] == 2

@@ -76,7 +76,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
         """Reads a checkpoint; ``weights_only`` is always true, whatever is asked."""
-        return read_checkpoint(Path(path), map_location)
+        # a strategy that spawns processes brings its weights back in such a file, bare
+        return read_checkpoint(Path(path), map_location, bare=True)
 
 
 class TimedCheckpoint(ModelCheckpoint):
@@ -125,8 +126,13 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
     batches["is_last_batch"] = False
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: Path, map_location: Any = "cpu", bare: bool = False) -> dict[str, Any]:
     """The content of a checkpoint, restricted to tensors and plain data.
+
+    Args:
+        path: the file.
+        map_location: see ``torch.load``.
+        bare: weights alone will do as well.
 
     Raises:
         UserError: the file is missing, torn, or holds something else (code, for instance).
@@ -142,7 +148,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         reason = str(error).strip().splitlines()[0][:120]
         problem = f"not a checkpoint of tensors and plain data, refused ({reason})"
         raise UserError(f"{path}: {problem}") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not (bare or "state_dict" in content):
         raise UserError(f"{path}: not a checkpoint of a run (no state_dict in it)")
     return content
 

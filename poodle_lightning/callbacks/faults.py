@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import logging
 import os
@@ -32,6 +33,7 @@ from poodle_lightning.types import Clip, UserError
 
 _log = logging.getLogger(__name__)
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_LAST_WORD = getattr(signal, "SIGKILL", signal.SIGTERM)
 INTERRUPTED = "interrupted.ckpt"
 NONFINITE = "nonfinite.ckpt"  # never resumed from: its weights are not finite
 REPLAY_FORMAT = 1
@@ -190,6 +192,8 @@ class Faults(L.Callback):
         kill = getattr(trainer.strategy.launcher, "kill", None)
         if trainer.world_size > 1 and not together and kill is not None:
             kill(signal.SIGTERM)
+            # one that waits for this process hears nothing, and would wait for long or complain of the end
+            atexit.register(kill, _LAST_WORD)
         if isinstance(exception, Stopped) and exception.signum == getattr(signal, "SIGUSR1", None):
             _requeue()
 
@@ -200,10 +204,11 @@ class Faults(L.Callback):
         path = Path(trainer.default_root_dir) / "checkpoints" / (NONFINITE if spoilt else INTERRUPTED)
         try:
             if trainer.world_size == 1 or isinstance(exception, (Stopped, NonFiniteLoss)):
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
             else:
                 # save_checkpoint ends with a barrier, at which the other ranks will not arrive
-                trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+                content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+                trainer.strategy.save_checkpoint(content, path)
         except Exception as error:
             _log.error("no checkpoint could be left behind: %s", error)
             return

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from poodle_lightning.analysis.flops import Counter, counted
 from poodle_lightning.analysis.peaks import peak_flops
-from poodle_lightning.data.image_classes import ImageBatch
-from poodle_lightning.types import Clip, LabelledBatch
+from poodle_lightning.data.actions import ActionBatch
+from poodle_lightning.types import Clip
 
 _log = logging.getLogger(__name__)
 _GIB = 2.0**30
@@ -209,8 +209,10 @@ def _resident_peak() -> int | None:
 
 def _unit_of(batch: Any) -> str:
     """What a batch holds, as the progress line calls it."""
-    if isinstance(batch, LabelledBatch | ImageBatch):
+    if hasattr(batch, "images"):  # all kinds of labelled ones
         return "images"
+    if isinstance(batch, ActionBatch):
+        return "clips"
     return "clips" if isinstance(batch, Clip) and batch.frames.shape[1] != 2 else "pairs"
 
 

@@ -77,6 +77,13 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
         read_checkpoint(tmp_path / "b.ckpt")
 
 
+def test_weights_alone_come_back_from_spawned_processes(tmp_path):
+    """``strategy=ddp_spawn`` hands them over in such a file."""
+    files, weights = AtomicCheckpointIO(), {"layer.weight": torch.arange(3.0)}
+    files.save_checkpoint(dict(weights), tmp_path / ".temp.ckpt")
+    assert torch.equal(files.load_checkpoint(tmp_path / ".temp.ckpt")["layer.weight"], torch.arange(3.0))
+
+
 def test_a_process_killed_at_any_moment_leaves_a_whole_file(tmp_path):
     path = tmp_path / "a.ckpt"
     seen = set()

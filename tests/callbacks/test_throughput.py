@@ -10,7 +10,9 @@ from tiny_models import make_clip
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from poodle_lightning.callbacks.metrics_file import MetricsFile
-from poodle_lightning.callbacks.throughput import Throughput, _resident_peak, clips_in
+from poodle_lightning.callbacks.throughput import Throughput, _resident_peak, _unit_of, clips_in
+from poodle_lightning.data.actions import ActionBatch
+from poodle_lightning.data.depth import DepthBatch
 
 
 class Slow(torch.utils.data.Dataset):
@@ -118,6 +120,16 @@ def test_clips_of_other_than_two_frames_are_no_pairs(tmp_path, frames, unit):
     trainer.fit(OfClips(), torch.utils.data.DataLoader([make_clip(frames=frames)] * 2, batch_size=None))
     assert f"{unit}/s" in throughput.words()
     assert "perf/pairs_per_s" in throughput.latest  # under one name in all runs
+
+
+def test_what_is_counted_is_called_by_its_name():
+    images, index = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.arange(2)
+    depth = DepthBatch(images, torch.ones(2, 4, 4), index, ("a", "b"))
+    whole = torch.ones(2, dtype=torch.bool)
+    actions = ActionBatch(images[:, None, None], index, whole, 0, index, ("a", "b"))
+    assert (_unit_of(depth), clips_in(depth)) == ("images", 2)
+    assert (_unit_of(actions), clips_in(actions)) == ("clips", 2)
+    assert _unit_of(torch.zeros(2)) == "pairs"
 
 
 def test_clips_are_counted_in_any_batch():
