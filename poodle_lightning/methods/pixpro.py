@@ -99,7 +99,7 @@ class PixPro(Method):
     """PixPro.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``, as in the code.
         decoder: sizes of a pyramid that is trained too. None: the loss is on the encoder's deepest map.
         hidden: width of the projector's hidden layer. (Paper: 4096)
         out: channels of the projection. (Paper: 256)
@@ -132,7 +132,7 @@ class PixPro(Method):
         super().__init__(recipe or RECIPE)
         if not threshold > 0:
             raise UserError(f"PixPro: threshold={threshold} leaves no positive pair: set it above 0")
-        encoder = encoder or ResNet(50)
+        encoder = encoder or ResNet(50, zero_init_residual=True)
         pyramid = None if decoder is None else HeadedFPN(encoder.channels, decoder.dims, decoder.levels)
         self.online = PixProNet(encoder, pyramid, hidden, out)
         self.target = EMA(self.online)

@@ -71,7 +71,7 @@ class SimCLR(Method):
     """SimCLR.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``, as in the code.
         hidden: width of the projector's hidden layer. (Paper: 2048)
         out: length of the projection. (Paper: 128)
         temperature: τ. (Paper: 0.1)
@@ -97,7 +97,7 @@ class SimCLR(Method):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe or RECIPE)
-        encoder = encoder or ResNet(50)
+        encoder = encoder or ResNet(50, zero_init_residual=True)
         self.online = SimCLRNet(encoder, hidden, out, last_norm)
         self.temperature = temperature
         crop = ResizedCrop((224, 224), (0.08, 1.0), fit="redraw")

@@ -74,7 +74,7 @@ class VICReg(Method):
     """VICReg.
 
     Args:
-        encoder: default ResNet-50.
+        encoder: default ResNet-50 with ``zero_init_residual``, as in the code.
         hidden: width of the expander's hidden layers. (Paper: 8192)
         out: length of the embedding. (Paper: 8192)
         invariance: λ. (Paper: 25)
@@ -104,7 +104,7 @@ class VICReg(Method):
         recipe: Recipe | None = None,
     ) -> None:
         super().__init__(recipe or RECIPE)
-        encoder = encoder or ResNet(50)
+        encoder = encoder or ResNet(50, zero_init_residual=True)
         self.online = VICRegNet(encoder, hidden, out)
         self.weights = (invariance, variance, covariance)
         self.crops = crops or byol_crops()
