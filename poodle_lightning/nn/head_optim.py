@@ -92,11 +92,11 @@ class HeadRecipe:
         """
         horizon = max_steps if self.horizon_steps is None else self.horizon_steps
         if horizon < 1:
-            raise UserError("the recipe has no horizon: give --trainer.max_steps or recipe.horizon_steps")
+            raise UserError("there is no horizon: give --trainer.max_steps or model.recipe.horizon_steps")
         if not 0 <= self.warmup_steps < horizon:
             raise UserError(
                 f"the warm-up of {self.warmup_steps} steps does not end before the horizon of {horizon} "
-                "steps: set recipe.warmup_steps, recipe.horizon_steps or --trainer.max_steps"
+                "steps: set model.recipe.warmup_steps, model.recipe.horizon_steps or --trainer.max_steps"
             )
         return Schedule(
             base_lr=self.lr,

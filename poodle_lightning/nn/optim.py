@@ -214,13 +214,13 @@ class Schedule:
         if horizon is None:
             if recipe.horizon_epochs is None:
                 raise UserError(
-                    "the recipe has no horizon: set recipe.horizon_epochs or recipe.horizon_steps"
+                    "the recipe has no horizon: set model.recipe.horizon_epochs or model.recipe.horizon_steps"
                 )
             horizon = round(recipe.horizon_epochs * steps_per_epoch)
         if not 0 <= warmup < horizon:
             raise UserError(
                 f"the warm-up of {warmup} steps does not end before the horizon of {horizon} steps: "
-                "set recipe.warmup_steps or recipe.horizon_steps"
+                "set model.recipe.warmup_steps or model.recipe.horizon_steps"
             )
         if global_batch is None and recipe.scale_lr != "none":
             raise UserError(
