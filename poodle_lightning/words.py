@@ -157,10 +157,10 @@ def evaluate_usage() -> str:
         "  --encoder ENCODER  a run folder or checkpoint, an exported folder, owner/name on the hub,",
         "                     torchvision:NAME[:WEIGHTS], timm:NAME, or another project's checkpoint file",
         "  --runs N           N runs that differ in their seed: mean and deviation (default: 1)",
-        "  --skip-check       do not look through all labels first (check-data does the same)",
+        "  --skip-check       do not look through all masks first (check-data does the same)",
         "  any option of fit, e.g. --trainer.devices 4, --data.num_workers 8, --model.layer layer4",
         "",
-        "Writes result.json, result.md and pictures/ into the run folder. Protocols:",
+        "Writes result.json, result.md and, of some, pictures/ into the run folder. Protocols:",
         "",
         *(f"  {name:<{width}}  {text}" for name, text in rows),
     ]

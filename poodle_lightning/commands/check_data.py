@@ -93,6 +93,7 @@ def _module(args: argparse.Namespace, build: Build) -> LabelledDataModule:
     extra = [] if args.root is None else [f"--data.root={args.root}"]
     data = build(args.config, [*args.overrides, *extra])[1]
     if not isinstance(data, LabelledDataModule):
-        raise UserError(f"check-data: {args.config[-1]} has no labelled data; `inspect` looks at videos")
+        hint = "`inspect` looks at videos, other labels are checked by the run that uses them"
+        raise UserError(f"check-data: {args.config[-1]} has no images with a class per pixel; {hint}")
     data.num_workers = args.workers
     return data

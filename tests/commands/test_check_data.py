@@ -1,5 +1,6 @@
 """The command that says what a labelled data set holds and lacks."""
 
+import depth_trees
 import label_trees
 import numpy as np
 import pytest
@@ -63,9 +64,17 @@ def test_a_wrong_folder(tmp_path, capsys):
         (["--source", "voc"], "source voc needs a folder"),
         (["--source", "imagenet", "--root", "x"], "invalid choice"),
         (["--source", "voc", "--root", "x", "--data.seed", "3"], "--data.seed belongs to --config"),
-        (["--config", "experiment/quickstart.yaml", "--root", "x"], "has no labelled data"),
+        (["--config", "experiment/quickstart.yaml", "--root", "x"], "`inspect` looks at videos"),
     ],
 )
 def test_words_that_make_no_sense(words, said, capsys):
     assert check(*words) == 2
     assert said in capsys.readouterr().err
+
+
+def test_labels_of_another_kind_are_not_taken_for_videos(tmp_path, capsys):
+    root = depth_trees.nyu(tmp_path)
+    assert check("--config", "evaluation/pico_nyu_depth.yaml", "--root", root) == 2
+    said = capsys.readouterr().err
+    assert "has no images with a class per pixel" in said
+    assert "other labels are checked by the run that uses them" in said
