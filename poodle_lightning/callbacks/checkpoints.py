@@ -183,6 +183,6 @@ def damage_of(path: Path) -> str | None:
             torn = archive.testzip()
     except zipfile.BadZipFile:
         return "truncated, or not a checkpoint"
-    except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
         return f"cannot be read ({error})"
     return None if torn is None else f"damaged (checksum of {torn})"

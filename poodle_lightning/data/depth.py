@@ -344,7 +344,7 @@ def _listed(path: Path, key: str, total: int) -> list[int]:
 
     try:
         values = loadmat(str(path))[key]
-    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NotImplementedError) as error:  # the last: MATLAB 7.3
         raise UserError(f"{path}: {key} cannot be read: take NYUv2's splits.mat") from error
     numbers = [int(value) - 1 for value in np.asarray(values).ravel()]
     if not numbers or min(numbers) < 0 or max(numbers) >= total or len(set(numbers)) < len(numbers):
